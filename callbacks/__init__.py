@@ -1,0 +1,1 @@
+"""What changes or watches training. Each is a node `callbacks.<name>` of the configuration."""

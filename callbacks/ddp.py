@@ -1,0 +1,51 @@
+"""Distributed data parallel that switches itself on when there is more than one device."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class AutoDDP(pl.Callback):
+    """Asks for `trainer.strategy` and `trainer.sync_batchnorm`, which win when they are set.
+
+    *enabled*: `auto` (with more than one process) or false. *static_graph*: `auto` takes the system's own attribute
+    `static_graph`. *sync_batchnorm*: `auto` means on GPUs, where the system has batch norm.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool | str = "auto",
+        gradient_as_bucket_view: bool = True,
+        static_graph: bool | str = "auto",
+        sync_batchnorm: bool | str = "auto",
+    ) -> None:
+        for name, value in (
+            ("enabled", enabled),
+            ("static_graph", static_graph),
+            ("sync_batchnorm", sync_batchnorm),
+        ):
+            if value not in ("auto", True, False):
+                raise ValueError(f"{name}={value}: choose auto, true or false")
+        self.enabled = enabled
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.static_graph = static_graph
+        self.sync_batchnorm = sync_batchnorm
+
+    def trainer_kwargs(self, *, system: pl.LightningModule, trainer: dict[str, Any]) -> dict[str, Any]:
+        """The Trainer arguments this callback asks for, given the resolved `trainer` section."""
+        devices = trainer["devices"]
+        processes = (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer["num_nodes"])
+        if self.enabled is False or processes < 2:
+            return {}
+        static = getattr(system, "static_graph", False) if self.static_graph == "auto" else self.static_graph
+        asked: dict[str, Any] = {
+            "strategy": DDPStrategy(gradient_as_bucket_view=self.gradient_as_bucket_view, static_graph=bool(static))
+        }
+        has_batch_norm = any(isinstance(module, _BatchNorm) for module in system.modules())
+        wanted = has_batch_norm if self.sync_batchnorm == "auto" else self.sync_batchnorm
+        if wanted and trainer["accelerator"] == "cuda":
+            asked["sync_batchnorm"] = True
+        return asked

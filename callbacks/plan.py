@@ -1,0 +1,69 @@
+"""Decisions that depend on this machine's clock or memory: taken once, kept in plan.json and in every checkpoint.
+
+A resumed run reads them and never measures again; otherwise two runs of one configuration could differ.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class Plan(pl.Callback):
+    """Holds the decisions of a run: name -> plain value.
+
+    Other callbacks use `Plan.of(trainer).decide(trainer, name, measure)`.
+    """
+
+    def __init__(self) -> None:
+        self.decisions: dict[str, Any] = {}
+
+    @staticmethod
+    def of(trainer: pl.Trainer) -> "Plan":
+        """The run's plan. Raises ValueError when the run has none."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Plan):
+                return callback
+        raise ValueError("callbacks.plan is needed by another callback: leave it on")
+
+    def decide(self, trainer: pl.Trainer, name: str, measure: Callable[[], Any]) -> Any:
+        """The decision of this name; rank 0 takes it with `measure()` when there is none yet, all ranks get it."""
+        if name not in self.decisions:
+            value = measure() if trainer.is_global_zero else None
+            self.decisions[name] = trainer.strategy.broadcast(value, src=0)
+            self._write(trainer)
+        return self.decisions[name]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not measured, but part of what makes a run on another machine differ.
+        self.decisions["machine"] = {
+            "accelerator": type(trainer.accelerator).__name__,
+            "devices": trainer.num_devices,
+            "nodes": trainer.num_nodes,
+            "strategy": type(trainer.strategy).__name__,
+            "precision": str(trainer.precision),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        }
+        self._write(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["plan"] = dict(self.decisions)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.decisions = dict(checkpoint.get("plan") or {})
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "plan.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name("plan.json.tmp")
+        beside.write_text(json.dumps(self.decisions, indent=2, sort_keys=True) + "\n")
+        os.replace(beside, path)

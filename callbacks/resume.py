@@ -1,0 +1,204 @@
+"""A resumed run goes on exactly where its checkpoint was written.
+
+Lightning 2.6.6 does not, in these places (found by saving in every hook and comparing with the run that went on):
+
+* saved at the end of a step at which a validation or the epoch ends: that validation and the epoch's end never happen;
+* saved at the end of an epoch with `max_steps` set: the next epoch is taken for the one after it, in another order;
+* saved in a validation: the validation is left out;
+* any resume: plateau schedules do not step at the end of the resumed epoch, and the metrics they read are gone.
+
+So a checkpoint also says at which place it was written, and before Lightning reads its loop counters back, they are
+put into the form from which it does the right thing. The counters: `ready`, `started`, `processed`, `completed` of the
+epochs and of the batches, each as a total and for the current run of the loop.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from callbacks.metrics_csv import MetricsCsv
+
+_STEP, _VALIDATION, _VALIDATED, _EPOCH_END, _ENDED, _EPOCH_START = (
+    "step",  # at the end of a training step
+    "validation",  # in a validation that has not ended
+    "validated",  # at the end of a validation
+    "epoch_end",
+    "ended",  # after the last epoch of the run
+    "epoch_start",
+)
+
+
+class ExactResume(pl.Callback):
+    """Stores the place at which each checkpoint is written, and continues a run from there.
+
+    Checkpoints of runs without this callback resume as Lightning does it. The data position is the data module's
+    affair, random states are callbacks/rng.py's.
+    """
+
+    def __init__(self) -> None:
+        self._place = _EPOCH_START
+        self._resumed: dict[str, Any] | None = None
+
+    # Where are we
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # First, so that the place is known to every callback that saves in the same hook. A new list: Lightning is
+        # iterating over the old one.
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._place = _EPOCH_START
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._place = _STEP
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._place = _VALIDATION
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._place = _VALIDATED
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._place != _VALIDATION:  # one that was cut short is still to be done
+            self._place = _EPOCH_END
+        if self._resumed is not None:
+            self._leave_resumed_epoch(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._place != _VALIDATION:
+            self._place = _ENDED
+
+    # Checkpoints
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {
+            "place": self._place,
+            "epoch": loop.trainer.current_epoch,
+            "validation_due": _validation_due(trainer),
+            "epoch_complete": loop._num_ready_batches_reached(),
+            "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn == "fit" and state is not None:
+            self._resumed = dict(state)
+            checkpoint["loops"] = dict(checkpoint["loops"], fit_loop=_corrected(checkpoint, state))
+
+    # Continuing
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state, fit_loop = self._resumed, trainer.fit_loop
+        if state is None:
+            return
+        trainer.callback_metrics.update(state["metrics"])
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.continue_from(trainer.global_step)
+        # Lightning sets this back at the end of the epoch only, and until then steps no plateau schedule, since the
+        # metrics were lost. Ours were not.
+        fit_loop._restarting = False
+        if _epoch_is_over(state):
+            fit_loop.epoch_loop.restarting = False
+            fit_loop.epoch_loop.reset_restart_stage()
+        elif _only_epoch_end_left(state):
+            fit_loop.epoch_loop.val_loop._has_run = True  # nothing left to do in the loop over batches
+        if state["place"] == _EPOCH_END and state["epoch_complete"]:
+            _step_plateau_schedules(trainer, state["epoch"])
+
+    def _leave_resumed_epoch(self, trainer: pl.Trainer) -> None:
+        """Lightning does this at the end of the first step, which a resumed epoch without any does not have."""
+        trainer.fit_loop.epoch_loop.restarting = False
+        trainer.fit_loop.epoch_loop.reset_restart_stage()
+        self._resumed = None
+
+
+def _validation_due(trainer: pl.Trainer) -> bool:
+    """Does a validation follow the current batch by its number, not because training is to stop?"""
+    fit_loop = trainer.fit_loop
+    by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+    if fit_loop._data_fetcher is None or by_the_clock:
+        return False
+    should_stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
+    finally:
+        trainer.should_stop = should_stop
+
+
+def _epoch_is_over(state: dict[str, Any]) -> bool:
+    return state["place"] == _EPOCH_START or (state["place"] in (_EPOCH_END, _ENDED) and state["epoch_complete"])
+
+
+def _only_epoch_end_left(state: dict[str, Any]) -> bool:
+    return state["place"] == _STEP and state["epoch_complete"] and not state["validation_due"]
+
+
+def _corrected(checkpoint: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Loop counters from which Lightning goes on at the place where the checkpoint was written."""
+    loops = dict(checkpoint["loops"]["fit_loop"])
+    place, due, complete = state["place"], state["validation_due"], state["epoch_complete"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    begun = epochs["total"]["ready"]
+    logged = 0  # steps by which Lightning's count for the loggers is behind
+    if _epoch_is_over(state):
+        done = begun - 1 if place == _EPOCH_START else begun
+        epochs = _counters(epochs, ready=done, started=done, processed=done, completed=done)
+    elif begun:
+        epochs = _counters(epochs, ready=begun, started=begun, processed=begun - 1, completed=begun - 1)
+
+    if place == _STEP and (due or complete):
+        batches = _all_completed(batches)
+    if place in (_STEP, _VALIDATION) and due:
+        # Lightning reads this as a validation that stopped in its first batch, and runs it again.
+        val = loops["epoch_loop.val_loop.batch_progress"]
+        before = val["total"]["ready"]
+        val = {
+            **val,
+            "total": {"ready": before + 1, "started": before + 1, "processed": before, "completed": before},
+            "current": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
+            "is_last_batch": False,
+        }
+        loops["epoch_loop.val_loop.batch_progress"] = val
+    elif _only_epoch_end_left(state) or (place in (_VALIDATION, _VALIDATED) and not due):
+        logged = 1  # counted after the validation, or with the next step, which Lightning will not do here
+    elif place in (_EPOCH_END, _ENDED) and not complete and due:
+        logged = -1  # Lightning counts it when it passes over the validation
+    counted = loops["epoch_loop.state_dict"]["_batches_that_stepped"]
+    loops["epoch_loop.state_dict"] = {
+        **loops["epoch_loop.state_dict"],
+        "_batches_that_stepped": counted + logged,
+    }
+    loops["epoch_progress"], loops["epoch_loop.batch_progress"] = epochs, batches
+    return loops
+
+
+def _counters(progress: dict[str, Any], **values: int) -> dict[str, Any]:
+    return {**progress, "total": dict(values), "current": dict(values)}
+
+
+def _all_completed(progress: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **progress,
+        "total": {**progress["total"], "completed": progress["total"]["processed"]},
+        "current": {**progress["current"], "completed": progress["current"]["processed"]},
+    }
+
+
+def _step_plateau_schedules(trainer: pl.Trainer, epoch: int) -> None:
+    """What Lightning does last in an epoch, after the hook in which the checkpoint was written."""
+    metrics: dict[str, Tensor] = dict(trainer.callback_metrics)
+    for config in trainer.lr_scheduler_configs:
+        due = config.reduce_on_plateau and config.interval == "epoch" and (epoch + 1) % config.frequency == 0
+        if due and config.monitor in metrics:
+            trainer.lightning_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])

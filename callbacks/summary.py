@@ -1,0 +1,111 @@
+"""summary.json: what a run reached and what it cost, for other programs to read."""
+
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from callbacks.graceful import GracefulStop
+from callbacks.monitor import Monitor
+
+_COST = ("steps", "wall_s", "cpu_s", "examples_per_s", "data_wait_share", "peak_mem_mb")
+
+
+class Summary(pl.Callback):
+    """Writes `<run directory>/summary.json` when training ends, however it ends, and again after a test.
+
+    Keys: `metrics` (the last logged value of each `train_*` and `val_*`, and `test_*` after a test),
+    `best_checkpoint` (relative to the run directory), steps, wall_s, cpu_s, examples_per_s, data_wait_share and
+    peak_mem_mb of the Monitor callback, `versions`, and `status`: completed, stopped (by a signal) or failed. A value
+    that is not known, or not finite, is null. A test alone adds its metrics to a summary that is there.
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, float] = {}
+        self._status = "completed"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._metrics, self._status = {}, "completed"
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks):  # type: ignore[attr-defined]
+            self._status = "stopped"
+        self._write(trainer, ("train_", "val_"))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit":
+            self._status = "stopped" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self._write(trainer, ("train_", "val_"))
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, ("test_",))
+
+    def _write(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> None:
+        values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith(prefixes)}
+        self._metrics |= {k: float(v) for k, v in values.items() if not isinstance(v, Tensor) or v.numel() == 1}
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        path = Path(trainer.default_root_dir) / "summary.json"
+        trained = any(not name.startswith("test_") for name in self._metrics) or trainer.global_step > 0
+        content = None if trained else _existing(path)
+        if content is None:
+            content = self._content(trainer, path.parent)
+        content["metrics"] = {**content["metrics"], **self._metrics}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+        os.replace(beside, path)
+
+    def _content(self, trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
+        cost = dict.fromkeys(_COST)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Monitor):
+                cost |= callback.summary()
+        return {
+            "status": self._status,
+            "metrics": {},
+            "best_checkpoint": _best_checkpoint(trainer, folder),
+            **cost,
+            "steps": trainer.global_step,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: _version(name) for name in ("torch", "torchaudio", "pytorch_lightning")},
+            },
+        }
+
+
+def _best_checkpoint(trainer: pl.Trainer, folder: Path) -> str | None:
+    """Of the first checkpoint callback that compares a metric and has saved something."""
+    for callback in trainer.checkpoint_callbacks:
+        best = getattr(callback, "best_model_path", "")
+        if best and getattr(callback, "monitor", None):
+            path, root = Path(best).resolve(), folder.resolve()
+            return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return None
+
+
+def _existing(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    return content if isinstance(content, dict) and isinstance(content.get("metrics"), dict) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

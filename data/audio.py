@@ -1,0 +1,236 @@
+"""Recordings in, recordings out: the only place that opens audio files.
+
+Decisions that are not obvious
+* A crop is read with seek + read, never as a whole file. When it is resampled, the read starts on the common
+  grid of both rates and carries a margin as long as the filter, so a crop equals the same slice of the whole
+  resampled file: no edge effects, and what an item holds does not depend on how it was read.
+* A file is opened inside the call and closed before it returns: no handle ever crosses a fork.
+* A header that promises more samples than the file holds is an error. libsndfile would shorten a cut-off WAV
+  without a word.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import torchaudio
+from torch import Tensor
+
+from data.errors import AudioError
+
+AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
+"""Suffixes (lower case) that a folder scan takes for recordings."""
+
+PathLike = str | os.PathLike[str]
+
+_LFS_HEAD = b"version https://git-lfs"
+_UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 for streams without a length
+_FILTER_WIDTH = 6  # torchaudio's default lowpass_filter_width and rolloff, fixed here because the margin
+_ROLLOFF = 0.99  # of a crop is computed from them
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a recording's header says: `sample_rate` in Hz, `num_frames` per channel, `duration_s` seconds."""
+
+    sample_rate: int
+    num_frames: int
+    num_channels: int
+    duration_s: float
+
+
+def audio_info(path: PathLike) -> AudioInfo:
+    """Read the header of a recording.
+
+    Raises:
+        AudioError: the file is missing, a folder, empty, truncated, a Git-LFS pointer or no audio.
+    """
+    with _open(path) as file:
+        return AudioInfo(file.samplerate, file.frames, file.channels, file.frames / file.samplerate)
+
+
+def read_audio(
+    path: PathLike, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
+) -> Tensor:
+    """Read a recording, or a part of it, as mono at `sample_rate`.
+
+    Several channels are averaged. A part is `round(duration_s * sample_rate)` samples from sample
+    `round(offset_s * sample_rate)` on; where the file ends earlier, what there is.
+
+    Args:
+        path: any file that libsndfile reads (WAV, FLAC, OGG, OPUS, MP3).
+        sample_rate: rate of the result in Hz.
+        offset_s: start of the part in seconds.
+        duration_s: length of the part in seconds, None for all that follows.
+
+    Shape:
+        Returns float32 `(T,)`.
+
+    Raises:
+        AudioError: as `audio_info`; also an offset beyond the end, or samples that are NaN or infinite.
+    """
+    if sample_rate <= 0:
+        raise ValueError(f"sample_rate must be positive, got {sample_rate}")
+    if offset_s < 0 or (duration_s is not None and duration_s <= 0):
+        raise AudioError(f"{path}: cannot read {duration_s} s from {offset_s} s on: negative or empty part")
+    start = round(offset_s * sample_rate)
+    count = None if duration_s is None else round(duration_s * sample_rate)
+    with _open(path) as file:
+        native_rate, num_frames = file.samplerate, file.frames
+        first, stop, skip = _native_span(start, count, native_rate, sample_rate)
+        if start * native_rate >= num_frames * sample_rate:
+            raise AudioError(
+                f"{path}: offset {offset_s:g} s lies beyond the end ({num_frames / native_rate:g} s)"
+            )
+        stop = num_frames if stop is None else min(stop, num_frames)
+        mono = _read_frames(file, path, first, stop - first)
+    samples = torch.from_numpy(mono)
+    if native_rate != sample_rate:
+        samples = torchaudio.functional.resample(
+            samples, native_rate, sample_rate, lowpass_filter_width=_FILTER_WIDTH, rolloff=_ROLLOFF
+        )
+    return samples[skip:] if count is None else samples[skip : skip + count]
+
+
+def write_audio(path: PathLike, samples: Tensor | np.ndarray, sample_rate: int) -> None:
+    """Write a 32-bit float WAV; levels above 1 are kept, nothing is clipped.
+
+    The file appears whole or not at all; missing folders are made.
+
+    Shape:
+        `samples` is `(T,)` or `(C, T)`.
+
+    Raises:
+        AudioError: the name does not end in .wav, or the file cannot be written.
+    """
+    if Path(path).suffix.lower() != ".wav":
+        raise AudioError(f"{path}: recordings are written as WAV, give a name that ends in .wav")
+    array = (
+        samples.detach().cpu().float().numpy()
+        if isinstance(samples, Tensor)
+        else np.asarray(samples, np.float32)
+    )
+    if array.ndim not in (1, 2):
+        raise ValueError(f"samples must be (T,) or (C, T), got shape {tuple(array.shape)}")
+    try:
+        with atomic_path(path) as temporary:
+            sf.write(temporary, array.T, sample_rate, subtype="FLOAT", format="WAV")
+    except (OSError, sf.SoundFileError) as error:
+        raise AudioError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+@contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """A name beside `path` to write to; it replaces `path` when the block ends well, else it is removed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open(path: PathLike) -> Iterator[sf.SoundFile]:
+    """The recording, opened; every way in which that fails becomes one AudioError."""
+    head, size = _head(path)
+    try:
+        file = sf.SoundFile(path)
+    except (sf.SoundFileError, OSError, TypeError) as error:
+        raise AudioError(
+            f"{path}: not a readable recording ({_reason(error)}); replace or remove it"
+        ) from error
+    with file:
+        if file.frames == 0:
+            raise AudioError(f"{path}: holds no samples; remove it from the data")
+        if file.frames > _UNKNOWN_FRAMES:
+            raise AudioError(f"{path}: its header states no length; write it again with a complete header")
+        missing = _missing_riff_bytes(head, size)
+        if missing:
+            raise AudioError(f"{path}: truncated, {missing} bytes are missing at its end; fetch it again")
+        yield file
+
+
+def _head(path: PathLike) -> tuple[bytes, int]:
+    """First bytes and size of a file that exists, is a file and is no Git-LFS pointer."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise AudioError(
+            f"{path}: no such file; check the path (a manifest's are relative to its folder)"
+        ) from None
+    except IsADirectoryError:
+        raise AudioError(f"{path}: is a folder, a recording is needed") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise AudioError(f"{str(path)!r}: cannot be opened ({_reason(error)})") from error
+    if not head:
+        raise AudioError(f"{path}: is empty (0 bytes); fetch it again")
+    if head.startswith(_LFS_HEAD):
+        raise AudioError(f"{path}: is a Git-LFS pointer, not audio; run `git lfs pull` where it came from")
+    return head, size
+
+
+def _missing_riff_bytes(head: bytes, size: int) -> int:
+    """How many bytes a RIFF header promises beyond the end of the file; 0 for other formats."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return 0
+    (promised,) = struct.unpack("<I", head[4:8])
+    if promised in (0, 0xFFFFFFFF):  # written to a pipe: the writer could not go back to fill it in
+        return 0
+    return max(0, promised + 8 - size - 1)  # writers differ about the pad byte
+
+
+def _read_frames(file: sf.SoundFile, path: PathLike, first: int, count: int) -> np.ndarray:
+    """`count` frames from frame `first` on, averaged over channels, float32 `(count,)`."""
+    try:
+        file.seek(first)
+        frames = file.read(count, dtype="float32", always_2d=True)  # (count, C)
+    except sf.SoundFileError as error:
+        raise AudioError(f"{path}: cannot be decoded ({_reason(error)}); replace or remove it") from error
+    if len(frames) < count:
+        raise AudioError(
+            f"{path}: truncated, {first + len(frames)} of {file.frames} frames can be read; fetch it again"
+        )
+    mono = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples; replace or remove it")
+    return np.ascontiguousarray(mono)
+
+
+def _native_span(start: int, count: int | None, native_rate: int, rate: int) -> tuple[int, int | None, int]:
+    """Frames to read for `count` output samples from output sample `start` on.
+
+    Returns the first frame, the frame to stop before (None: the end) and how many resampled samples to drop
+    in front. With coprime `orig` and `new`, output sample k * new coincides with frame k * orig, so the
+    read starts on such a block. It begins and ends one filter length earlier and later than needed.
+    """
+    if native_rate == rate:
+        return start, None if count is None else start + count, 0
+    divisor = math.gcd(native_rate, rate)
+    orig, new = native_rate // divisor, rate // divisor
+    reach = math.ceil(
+        _FILTER_WIDTH * orig / (min(orig, new) * _ROLLOFF)
+    )  # frames on each side of an output sample
+    margin = math.ceil(reach / orig) + 1  # blocks
+    first_block = max(0, start // new - margin)
+    skip = start - first_block * new
+    if count is None:
+        return first_block * orig, None, skip
+    return first_block * orig, (math.ceil((start + count) / new) + margin) * orig, skip
+
+
+def _reason(error: BaseException) -> str:
+    """The cause without the path, which the message already names."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return str(text).strip().rstrip(".") or type(error).__name__

@@ -1,0 +1,249 @@
+"""What the data of all systems share: manifests, loaders, the position that a resume continues from.
+
+Decisions that are not obvious
+* The position is taken from Lightning's own counters when a checkpoint is written, in the words "epoch E, B
+  batches done", and turned into a sampler that starts there. Workers, prefetching and the moment of the
+  save play no part.
+* Lightning (2.6) closes the running epoch when `max_steps` or a stop ends the loop, and resumes a closed
+  epoch wrongly when `max_steps` is set: one batch too many, or the next epoch counted twice.
+  `load_state_dict` reopens it: "E is running and B of its batches are done", which Lightning resumes right
+  in all cases. It hands a data module its own state only, hence the look at the loaded checkpoint.
+* Lightning stores the state under the class's `__qualname__`: renaming a subclass loses the position of old
+  checkpoints.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset
+
+from data.errors import DataError
+from data.loader import make_loader
+from data.manifest import read_manifest, scan_speakers, split_by_speaker
+from data.sampler import EpochSampler
+
+log = logging.getLogger(__name__)
+
+STAGES = ("train", "val", "test")
+_STAGES_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (), None: STAGES}
+_LOADER_KEYS = (
+    "num_workers",
+    "prefetch_factor",
+    "pin_memory",
+    "persistent_workers",
+    "multiprocessing_context",
+)
+_START = {"epoch": 0, "batch": 0, "items": 0}
+
+
+class SystemData(pl.LightningDataModule):
+    """Base of every system's data module. A subclass implements `dataset(stage)`.
+
+    Use it with `Trainer(use_distributed_sampler=False)`: its samplers know rank and world size.
+
+    Args:
+        train_manifest: manifest to train on.
+        val_manifest: manifest to validate on; None: no validation.
+        test_manifest: manifest to test on.
+        speech_dir: in place of manifests, a folder of recordings, scanned and split 80/10/10 by speaker;
+            the split depends on the speakers' names only, so that other seeds are tested on the same
+            voices.
+        batch_size: training examples per process and step.
+        eval_batch_size: examples per process in validation and test; None: `batch_size`.
+        seed: seed of order and of all randomness in training examples.
+        val_fixed: validation and test items are those of epoch 0, always.
+        loader: num_workers, prefetch_factor, pin_memory, persistent_workers, multiprocessing_context, as in
+            `data.loader.choose_loader_settings`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_manifest: str | None = None,
+        val_manifest: str | None = None,
+        test_manifest: str | None = None,
+        speech_dir: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        seed: int = 0,
+        val_fixed: bool = True,
+        loader: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.manifests = {"train": train_manifest, "val": val_manifest, "test": test_manifest}
+        if speech_dir is not None and any(self.manifests.values()):
+            raise ValueError("give either speech_dir or manifests, not both: speech_dir is split into all three parts")
+        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        if batch_size < 1 or eval_batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} and eval_batch_size {eval_batch_size} must be 1 or more")
+        unknown = sorted(set(loader or {}) - set(_LOADER_KEYS))
+        if unknown:
+            raise ValueError(f"loader.{unknown[0]}: no such key, there are {', '.join(_LOADER_KEYS)}")
+        self.speech_dir = speech_dir
+        self.batch_sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
+        self.seed = seed
+        self.val_fixed = val_fixed
+        self.loader = dict(loader or {})
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._datasets: dict[str, Dataset | None] = {}
+        self._resumed = dict(_START)
+
+    def dataset(self, stage: str) -> Dataset | None:
+        """The dataset of a stage (train, val, test), or None when it has no data. Called once per stage.
+
+        It is indexed with the pair `(index, epoch)`.
+        """
+        raise NotImplementedError
+
+    def has_data(self, stage: str) -> bool:
+        """Whether the configuration names data for this stage (nothing is read)."""
+        return self.speech_dir is not None or self.manifests[stage] is not None
+
+    def rows(self, stage: str) -> list[dict[str, Any]] | None:
+        """The manifest rows of a stage, read at the first call; None when it has no data."""
+        if not self.has_data(stage):
+            return None
+        if stage not in self._rows:
+            if self.speech_dir is not None:
+                self._rows = split_by_speaker(scan_speakers(self.speech_dir))
+            else:
+                self._rows[stage] = read_manifest(Path(str(self.manifests[stage])))
+        return self._rows[stage]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read what a Trainer function (fit, validate, test, predict) needs.
+
+        Raises:
+            DataError: it needs data that the configuration does not name, or that cannot be read.
+        """
+        for part in _STAGES_OF[stage]:
+            optional = stage is None or (stage == "fit" and part == "val")
+            if not self.has_data(part) and not optional:
+                raise DataError(f"no data for {part}: set data.{part}_manifest=<file> or data.speech_dir=<folder>")
+            if part not in self._datasets:
+                self._datasets[part] = self.dataset(part) if self.has_data(part) else None
+
+    def train_dataloader(self) -> DataLoader | list:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._loader("test")
+
+    def sampler(self, stage: str, dataset: Dataset) -> EpochSampler:
+        """The sampler of a stage for this process, starting at the resumed position."""
+        rank, world = self._rank_and_world()
+        training = stage == "train"
+        return EpochSampler(
+            dataset,  # type: ignore[arg-type]
+            seed=self.seed,
+            shuffle=training,
+            drop_last=training,
+            batch_size=self.batch_sizes[stage],
+            rank=rank,
+            num_replicas=world,
+            fixed_epoch=None if training or not self.val_fixed else 0,
+            start_epoch=self._resumed["epoch"] if training else 0,
+            skip=self._resumed["items"] // world if training else 0,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done."""
+        assert self.trainer is not None
+        fit_loop = self.trainer.fit_loop
+        epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
+        epoch, batch = max(0, epochs.ready - 1), batches.current.processed
+        if epochs.started < epochs.ready:  # announced; the batch counters are still those of the last epoch
+            batch = 0
+        elif batches.is_last_batch or batch >= self.trainer.num_training_batches:
+            epoch, batch = epoch + 1, 0
+        _, world = self._rank_and_world()
+        return {"epoch": epoch, "batch": batch, "items": batch * self.batch_sizes["train"] * world}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Called by Lightning before it asks for the loader."""
+        self._resumed = dict(state_dict)
+        _, world = self._rank_and_world()
+        if state_dict["items"] != state_dict["batch"] * self.batch_sizes["train"] * world:
+            log.warning(
+                "resumed with another batch size or number of processes: what epoch %d has seen is not"
+                " repeated, but its number of batches differs",
+                state_dict["epoch"],
+            )
+        # Lightning cannot know that the data module does it.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        assert self.trainer is not None
+        checkpoint = self.trainer._checkpoint_connector._loaded_checkpoint
+        if "loops" in checkpoint:
+            reopen_epoch(
+                checkpoint["loops"],
+                accumulate=self.trainer.accumulate_grad_batches,
+                by_steps=self.trainer.max_steps != -1,
+            )
+
+    def teardown(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self._resumed = dict(_START)  # the next fit with this object begins anew
+
+    def _loader(self, stage: str) -> DataLoader | list:
+        dataset = self._datasets.get(stage)
+        if dataset is None:
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
+        sampler = self.sampler(stage, dataset)
+        batch_size = self.batch_sizes[stage]
+        if sampler.drop_last and len(sampler) < batch_size:
+            raise DataError(
+                f"{len(dataset)} training examples are not one batch of {batch_size} on each of"  # type: ignore[arg-type]
+                f" {sampler.num_replicas} process(es): lower data.batch_size or add data"
+            )
+        trainer = self.trainer
+        return make_loader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            collate_fn=getattr(dataset, "collate", None),
+            accelerator="cpu" if trainer is None else trainer.strategy.root_device.type,
+            processes=1 if trainer is None else trainer.num_devices,
+            **self.loader,
+        )
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """This process and the number of processes; without a Trainer there is one."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def reopen_epoch(loops: dict[str, Any], *, accumulate: int, by_steps: bool) -> None:
+    """Turn "epoch E is closed" into "E is running and its batches so far are done", in a checkpoint's
+    `loops`.
+
+    Lightning continues that at the next batch, which is the first of epoch E + 1 where E was complete. Left
+    alone is a state that Lightning resumes right: an epoch that is running, or, unless the run is limited
+    by steps, a complete one.
+
+    Args:
+        loops: the entry of that name in a Lightning checkpoint; changed in place.
+        accumulate: batches per optimiser step.
+        by_steps: the resumed run has `max_steps`.
+    """
+    fit = loops["fit_loop"]
+    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    now, done = epochs["current"], batches["current"]["processed"]
+    announced = now["started"] < now["ready"]
+    closed = now["processed"] == now["ready"]
+    complete = batches["is_last_batch"]
+    if done == 0 or not (announced or closed) or (closed and complete and not by_steps):
+        return
+    for counts in (epochs["total"], epochs["current"]):
+        counts["ready"] -= announced
+        counts["started"] = counts["ready"]
+        counts["processed"] = counts["completed"] = counts["ready"] - 1
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"] - 1
+    if complete or batches["current"]["ready"] % accumulate == 0:
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts this step on resume

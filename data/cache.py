@@ -1,0 +1,81 @@
+"""Recordings kept in memory: a compressed file is decoded and resampled once, not for every crop.
+
+Kept as 16-bit integers, half the size of floats. A 16-bit recording that needs no resampling comes back bit
+for bit; any other is rounded to 16 bits (about -98 dB). A recording with levels above 1 is kept with a
+scale of its own, so it is not clipped. Each process (each loader worker) fills a cache of its own, when a
+recording is first asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.audio import read_audio
+from data.errors import AudioError
+
+_FULL_SCALE = 32768
+
+
+def cached_mb(rows: Sequence[Mapping[str, Any]], *, sample_rate: int) -> float:
+    """Megabytes (2**20 bytes) that a cache of all rows takes at `sample_rate` Hz."""
+    return sum(row["duration"] for row in rows) * sample_rate * 2 / 2**20
+
+
+class RowReader:
+    """Crops of manifest rows as mono audio at one rate.
+
+    Args:
+        rows: manifest rows; one with `offset` is a part of a longer file.
+        sample_rate: rate of the result in Hz.
+        cache: keep what was decoded.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], *, sample_rate: int, cache: bool) -> None:
+        self.sample_rate = sample_rate
+        self.cache = cache
+        # The millisecond allows for durations that a manifest rounds up.
+        self.num_samples = [max(1, int((row["duration"] - 0.001) * sample_rate)) for row in rows]
+        """Samples of each row that a crop can rely on."""
+        self._parts = [
+            (row["audio_filepath"], row.get("offset", 0.0), row["duration"] if "offset" in row else None)
+            for row in rows
+        ]
+        self._kept: dict[int, tuple[Tensor, float]] = {}
+
+    def read(self, row: int, *, start: int, count: int) -> Tensor:
+        """`count` samples of row number `row` from sample `start` on, fewer if the recording ends before.
+
+        Shape:
+            Returns float32 `(T,)`, T <= count.
+
+        Raises:
+            AudioError: the recording cannot be read, or ends before `start`.
+        """
+        path, offset_s, duration_s = self._parts[row]
+        if not self.cache:
+            return read_audio(
+                path,
+                sample_rate=self.sample_rate,
+                offset_s=offset_s + start / self.sample_rate,
+                duration_s=count / self.sample_rate,
+            )
+        if row not in self._kept:
+            whole = read_audio(path, sample_rate=self.sample_rate, offset_s=offset_s, duration_s=duration_s)
+            self._kept[row] = _to_int16(whole)
+        kept, scale = self._kept[row]
+        if start >= len(kept):
+            raise AudioError(f"{path}: shorter ({len(kept) / self.sample_rate:g} s) than its manifest says")
+        return kept[start : start + count].float() * scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a spawned worker gets: everything but the recordings, which it decodes when it needs them."""
+        return self.__dict__ | {"_kept": {}}
+
+
+def _to_int16(samples: Tensor) -> tuple[Tensor, float]:
+    """Integers and the scale that turns them back."""
+    peak = float(samples.abs().max())
+    scale = 1 / _FULL_SCALE if peak <= 1 else peak / (_FULL_SCALE - 1)
+    return (samples / scale).round().clamp(-_FULL_SCALE, _FULL_SCALE - 1).to(torch.int16), scale

@@ -1,0 +1,17 @@
+"""Score a checkpoint: python evaluate.py ckpt_path=runs/… data.test_manifest=…"""
+
+import hydra
+from omegaconf import DictConfig
+
+from launch import job
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    from launch import evaluate
+
+    evaluate.run(cfg)
+
+
+if __name__ == "__main__":
+    job.run(main, "evaluate")

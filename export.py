@@ -1,0 +1,17 @@
+"""Export a checkpoint: python export.py ckpt_path=runs/… output=model.onnx"""
+
+import hydra
+from omegaconf import DictConfig
+
+from launch import job
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="export")
+def main(cfg: DictConfig) -> None:
+    from launch import export
+
+    export.run(cfg)
+
+
+if __name__ == "__main__":
+    job.run(main, "export")

@@ -1,0 +1,207 @@
+"""From a composed configuration to objects: data, system, callbacks, Trainer.
+
+Everything is checked before anything is made: missing keys, classes and constructor arguments of all sections come in
+one message. Callbacks may ask for Trainer arguments (`trainer_kwargs`), which has to happen here, since processes are
+launched inside the Trainer.
+"""
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor
+from pytorch_lightning.loggers import Logger
+
+from data.base import SystemData
+from launch import checkpoint, environment
+from launch.command_line import near_misses
+from launch.errors import ConfigError
+from launch.hardware import quieten, resolve_hardware, share_cores
+from launch.run_dir import rank
+from launch.targets import Blueprint, wrong_arguments
+from models.base import System
+from models.checkpoint import read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """What one training run is made of.
+
+    Raises ConfigError with a line for every key that is missing and every argument that a constructor does not take,
+    before anything is built.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        quieten()
+        self.directory = Path(HydraConfig.get().runtime.output_dir)
+        self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
+        self.config = config = plain(cfg, typed_keys(self.overrides))
+        self.trainer_section = resolve_hardware(config["trainer"])
+        packages = config["packages"]
+        self._system = Blueprint("model", config["model"], System, packages)
+        self._data = Blueprint("data", config["data"], SystemData, packages)
+        self._callbacks = _blueprints("callbacks", config["callbacks"], pl.Callback, packages)
+        self._loggers = _blueprints("logger", config["logger"], Logger, packages)
+        self._forced: dict[str, Any] = {}  # optimiser values that a resume does not take from the checkpoint
+
+        parts = [self._system, self._data, *self._callbacks.values(), *self._loggers.values()]
+        problems = [line for part in parts for line in part.problems]
+        problems += wrong_arguments("trainer", pl.Trainer, self.trainer_section)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        added = [override.lstrip("+").partition("=")[0] for override in self.overrides if override[0] == "+"]
+        for line in near_misses(added, cfg):
+            log.warning(line)
+
+    def data(self) -> SystemData:
+        return self._data.build()
+
+    def system(self) -> System:
+        """The system, with weights from `init_from` if that is given."""
+        system = self._system.build()
+        if path := self.config["init_from"]:
+            checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
+        return system
+
+    def resume_path(self, system: System) -> Path | None:
+        """The checkpoint whose full state this run continues from, announced with what it does not take over."""
+        path = None
+        if self.config["ckpt_path"]:
+            path = checkpoint.locate(self.config["ckpt_path"])
+            log.info("continuing from %s in %s", path, self.directory)
+        elif self.config["exp_manager"]["resume_if_exists"]:
+            path = checkpoint.newest_readable(self.directory)
+            log.info("resuming %s" if path else "nothing to resume, a new run: %s", path or self.directory)
+        else:
+            log.info("run directory: %s", self.directory)
+        if path is not None:
+            self._forced = checkpoint.report_changes(path, system, self.config, self.config["resume_override"])
+        return path
+
+    def trainer(self, system: System) -> pl.Trainer:
+        callbacks = {name: blueprint.build() for name, blueprint in self._callbacks.items()}
+        loggers = [blueprint.build() for blueprint in self._loggers.values()]
+        if not loggers:  # Lightning's monitor of the learning rate refuses to run without one
+            callbacks = {name: c for name, c in callbacks.items() if not isinstance(c, LearningRateMonitor)}
+        if self._forced:
+            from callbacks.resume_override import ResumeOverride
+
+            callbacks["resume_override"] = ResumeOverride(values=self._forced)
+        section = merge_trainer_kwargs(self.trainer_section, callbacks, system, self.overrides)
+        share_cores(section)
+        record = environment.record(self.config, self.overrides)
+        if rank() == 0 and not self.config["dry_run"]:
+            environment.write_snapshot(self.directory, record["git"])
+            checkpoint.remove_leftovers(self.directory / "checkpoints")
+        return pl.Trainer(
+            **section,
+            callbacks=list(callbacks.values()),
+            logger=loggers or False,
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
+            plugins=[checkpoint.RunCheckpointIO(record)],
+            use_distributed_sampler=False,  # our samplers shard; Lightning's would shuffle
+        )
+
+    def seed(self) -> None:
+        """Fix everything random in this process; ranks get the same weights."""
+        pl.seed_everything(self.config["seed"], workers=True, verbose=False)
+
+    def fit(self, trainer: pl.Trainer, system: System, data: SystemData, resume: Path | None) -> None:
+        """Train. Ends the process with 128 + signal when a signal stopped it after saving."""
+        try:
+            trainer.fit(system, datamodule=data, ckpt_path=resume)
+        except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+            raise SystemExit(128 + (_signal(trainer) or signal.SIGINT)) from stop
+        if number := _signal(trainer):
+            raise SystemExit(128 + number)
+        if resume is not None and trainer.global_step == self._resumed_step(resume):
+            log.info(
+                "nothing left to train: already at trainer.max_steps or max_epochs (step %d)",
+                trainer.global_step,
+            )
+
+    def test(self, trainer: pl.Trainer, system: System, data: SystemData) -> dict[str, float] | None:
+        """Score the best checkpoint on data that training never saw; None where there is none."""
+        if not self.config["test"] or not data.has_data("test"):
+            return None
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+        scores = trainer.test(system, datamodule=data, ckpt_path=best, verbose=False)
+        return dict(scores[0]) if scores else None
+
+    def monitored(self, trainer: pl.Trainer) -> float | None:
+        """The monitored metric as last logged."""
+        value = trainer.callback_metrics.get(self.config["monitor"]["metric"])
+        return None if value is None else float(value)
+
+    @staticmethod
+    def _resumed_step(path: Path) -> int:
+        return int(read_checkpoint(path)["global_step"])
+
+
+def _signal(trainer: pl.Trainer) -> int:
+    """The signal that stopped training, 0 for none."""
+    return next((c.signum for c in trainer.callbacks if getattr(c, "signum", 0)), 0)  # type: ignore[attr-defined]
+
+
+def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    """The configuration as plain, resolved containers. *typed*: the keys that were typed.
+
+    Raises ConfigError naming all required keys that are not set.
+    """
+    data = cfg.get("data") or {}
+    if data.get("speech_dir"):  # the folder takes the place of a recipe's manifests
+        for key in ("train_manifest", "val_manifest", "test_manifest"):
+            if key in data and f"data.{key}" not in typed:
+                data[key] = None
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
+    if "val_manifest" in data and data.val_manifest is None and not data.get("speech_dir"):
+        log.info("data.val_manifest is not set: no validation, train_loss decides what is best")
+        cfg.monitor = {"metric": "train_loss", "mode": "min"}
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def typed_keys(overrides: list[str]) -> set[str]:
+    """The keys of a list of overrides."""
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
+
+
+def _blueprints(group: str, section: dict[str, Any], kind: type, packages: list[str]) -> dict[str, Blueprint]:
+    """Of a map of named nodes; null switches one off.
+
+    A node without `_target_` holds values that a model file gives to a callback that is not chosen here.
+    """
+    nodes = {name: node for name, node in (section or {}).items() if node and "_target_" in node}
+    return {name: Blueprint(f"{group}.{name}", node, kind, packages) for name, node in nodes.items()}
+
+
+def merge_trainer_kwargs(
+    section: dict[str, Any], callbacks: dict[str, pl.Callback], system: System, overrides: list[str]
+) -> dict[str, Any]:
+    """Fill Trainer arguments that are still open (null or auto) with what the callbacks ask for.
+
+    A value that is set already wins, and one line says so. Only when both sides were typed and differ is it an error.
+    """
+    merged = dict(section)
+    typed = typed_keys(overrides)
+    for name, callback in callbacks.items():
+        if not hasattr(callback, "trainer_kwargs"):
+            continue
+        for key, value in callback.trainer_kwargs(system=system, trainer=dict(section)).items():
+            if section.get(key) in (None, "auto"):
+                merged[key] = value
+            elif section[key] != value:
+                if f"trainer.{key}" in typed and any(t.startswith(f"callbacks.{name}.") for t in typed):
+                    raise ConfigError(
+                        f"callbacks.{name}.* asks for trainer.{key}={value}, but trainer.{key}={section[key]} is"
+                        " typed too: leave one of them out"
+                    )
+                log.info("callbacks.%s stands back: trainer.%s=%s is set", name, key, section[key])
+    return merged

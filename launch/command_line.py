@@ -1,0 +1,275 @@
+"""The command line before Hydra sees it, and what to say when Hydra refuses it.
+
+* Flags move to the front: argparse refuses overrides on both sides of one.
+* `checkpoint=` is `ckpt_path=`.
+* For evaluate, predict and export the checkpoint's own configuration becomes the base that overrides are typed on.
+* When no system is chosen but a typed key exists in exactly one, that system is taken.
+* A mistyped key is answered with the nearest keys, all of them in one message.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from launch.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
+# The name under which evaluate.yaml, predict.yaml and export.yaml include the checkpoint's configuration.
+RUN_CONFIGURATION = "run_configuration"
+
+
+def prepare(argv: list[str], script: str) -> list[str]:
+    """The arguments that Hydra gets for those that were typed. *script*: `train`, `evaluate`, `predict`, `export`.
+
+    Applying it twice changes nothing, since distributed children start from the result.
+    """
+    parser = get_args_parser()
+    typed = parser.parse_intermixed_args(argv)
+    if typed.experimental_rerun:
+        raise ConfigError("--experimental-rerun loads a pickle and is refused; command.sh of the run repeats it")
+    overrides = [f"ckpt_path={o[11:]}" if o.startswith("checkpoint=") else o for o in typed.overrides]
+    flags = _without(argv, typed.overrides)
+    if typed.help and not _chooses_system(typed, overrides) and script == "train":
+        print(_overview())
+        raise SystemExit(0)
+    if script == "train":
+        flags, overrides = _own_sections_for_foreign(flags, overrides, typed)
+        overrides = _infer_system(typed, overrides)
+    else:
+        _store_run_configuration(overrides, script)
+    return [*flags, *overrides]
+
+
+def _without(argv: list[str], overrides: list[str]) -> list[str]:
+    rest, remaining = [], list(overrides)
+    for token in argv:
+        if token in remaining:
+            remaining.remove(token)
+        else:
+            rest.append(token)
+    return rest
+
+
+def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any) -> tuple[list[str], list[str]]:
+    """Let a primary configuration of another folder use our groups: append config/ to its search path."""
+    if typed.config_path is None or any(o.startswith("hydra.searchpath=") for o in overrides):
+        return flags, overrides
+    folder = Path(typed.config_path)
+    if not folder.is_absolute():
+        folder = CONFIG_DIR.parent / folder  # Hydra's rule: relative to the script
+    if folder.resolve() == CONFIG_DIR:
+        return flags, overrides
+    return flags, [*overrides, f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+
+
+# Systems
+
+
+def systems(extra_dir: str | None = None) -> list[str]:
+    """The names that `model=` takes."""
+    folders = [CONFIG_DIR, *([Path(extra_dir)] if extra_dir else [])]
+    return sorted({file.stem for folder in folders for file in (folder / "model").glob("*.yaml")})
+
+
+def _chooses_system(typed: Any, overrides: list[str]) -> bool:
+    names = {override.partition("=")[0] for override in overrides}
+    return bool(typed.config_name or names & {"model", "experiment"})
+
+
+def _overview() -> str:
+    return f"""Train a system on your data.
+
+  python train.py model=<system> data.train_manifest=<manifest> [key=value …]
+  python train.py experiment=<recipe> [key=value …]
+
+systems   {", ".join(systems())}
+recipes   {_experiments().replace("|", ", ")}
+
+python train.py model=<system> --help       every key with its default
+python train.py … dry_run=true              build everything, print sizes, stop
+python train.py … debug=fast                a few steps of everything
+python train.py … exp_manager.resume_if_exists=true        continue the newest run of that name
+python train.py -m … model.optim.lr=1e-3,3e-4              a sweep
+
+evaluate.py, predict.py and export.py take ckpt_path=<checkpoint or run directory>."""
+
+
+def _infer_system(typed: Any, overrides: list[str]) -> list[str]:
+    """Add `model=<name>` when the typed keys belong to one system only."""
+    names = [o.partition("=")[0].lstrip("+~") for o in overrides]
+    if typed.config_name or typed.help or typed.hydra_help or typed.info or "model" in names or "experiment" in names:
+        return overrides
+    candidates = systems(typed.config_dir)
+    having = {
+        system: {key for key in names if "." in key} & _keys_of("train", [f"model={system}"], typed.config_dir)
+        for system in candidates
+    }
+    common = set.intersection(*having.values()) if having else set()
+    owners = [system for system, keys in having.items() if keys - (common if len(candidates) > 1 else set())]
+    # With a single system its own sections decide, else `trainer.devices=1` alone would choose it.
+    if len(candidates) == 1:
+        owners = [s for s in owners if any(key.startswith(("model.", "data.")) for key in having[s])]
+    if len(owners) != 1:
+        raise ConfigError(f"choose a system: model={'|'.join(candidates)} (or a recipe: experiment={_experiments()})")
+    print(f"model={owners[0]}: the typed keys belong to this system", file=sys.stderr)
+    return [f"model={owners[0]}", *overrides]
+
+
+def _experiments() -> str:
+    return "|".join(sorted(file.stem for file in (CONFIG_DIR / "experiment").glob("*.yaml")))
+
+
+# The checkpoint's configuration as base
+
+
+def _store_run_configuration(overrides: list[str], script: str) -> None:
+    ConfigStore.instance().repo.pop(f"{RUN_CONFIGURATION}.yaml", None)
+    path = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("ckpt_path=")), None)
+    if not path or path == "???":
+        return
+    from launch.checkpoint import (
+        locate,
+        run_configuration,
+    )  # imports torch, which only a named checkpoint needs
+
+    packages = [o for o in overrides if o.startswith("packages=")]
+    typed = OverridesParser.create().parse_overrides(packages[-1:])
+    node = run_configuration(locate(path), script, list(typed[0].value()) if typed else [])  # type: ignore[arg-type]
+    ConfigStore.instance().store(name=RUN_CONFIGURATION, node=node, package="_global_")
+
+
+# What to say when Hydra refuses
+
+
+def explain(error: Exception, argv: list[str], script: str) -> str:
+    """One message with everything that is wrong with the overrides; Hydra's own words where we know no better."""
+    typed = get_args_parser().parse_intermixed_args(argv)
+    try:
+        overrides = OverridesParser.create().parse_overrides(typed.overrides)
+    except HydraException as problem:
+        return str(problem).splitlines()[0]
+    primary = typed.config_name or script
+    try:
+        problems = _problems(primary, overrides, typed.config_dir, typed.config_path)
+    except HydraException as problem:
+        problems = [str(problem).splitlines()[0]]
+    return "\n".join(problems) or " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _problems(primary: str, overrides: list[Override], extra_dir: str | None, config_path: str | None) -> list[str]:
+    with _composer(extra_dir, config_path) as (loader, compose):
+        groups = {g for g in loader.list_groups("") if g != "hydra"}
+        choices = [o for o in overrides if o.key_or_group in groups or "/" in o.key_or_group]
+        problems = [line for choice in choices for line in _wrong_choice(loader, choice)]
+        if problems:
+            return problems
+        config = compose(primary, [o.input_line for o in choices if o.input_line is not None])
+        have = set(keys(config))
+        for override in overrides:
+            if override in choices or override.is_add() or override.is_force_add():
+                continue
+            problems += [_no_such_key(key, override, have, groups, loader) for key in _unknown(override, have)]
+    return problems
+
+
+def _wrong_choice(loader: ConfigLoader, choice: Override) -> Iterator[str]:
+    value = choice.value()
+    options = loader.get_group_options(choice.key_or_group)
+    for name in value if isinstance(value, list) else [value]:
+        if isinstance(name, str) and name not in options and name != "null":
+            near = difflib.get_close_matches(name, options, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"{choice.input_line}: no such {choice.key_or_group}.{hint} Choose from {', '.join(sorted(options))}"
+
+
+def _unknown(override: Override, have: set[str]) -> list[str]:
+    key = override.key_or_group
+    if key.startswith("hydra."):
+        return []
+    value = override.value()
+    if key in have and isinstance(value, dict):  # a mapping typed whole may hold a new key inside
+        inner = [f"{key}.{name}" for name in value]
+        return [name for name in inner if name not in have and any(k.startswith(key + ".") for k in have)]
+    return [] if key in have else [key]
+
+
+def _no_such_key(key: str, override: Override, have: set[str], groups: set[str], loader: ConfigLoader) -> str:
+    group, _, rest = key.partition(".")
+    option = rest.partition(".")[0]
+    if group == "callbacks" and option in loader.get_group_options(group):
+        return f"{override.input_line}: {group}.{option} is not chosen here; add callbacks=[default,{option}]"
+    near = _nearest(key, have | groups)
+    hint = f"Did you mean {', '.join(near)}?" if near else f"(a new key is added with +{override.input_line})"
+    inner = f" {key}" if key != override.key_or_group else ""
+    return f"{override.input_line}: no such key{inner}. {hint}"
+
+
+def _nearest(key: str, have: set[str]) -> list[str]:
+    """Keys one slip away; else those with the same last part; else whatever is alike."""
+    alike = difflib.get_close_matches(key, have, 3, 0.6)
+    scores = [difflib.SequenceMatcher(None, key, other).ratio() for other in alike]
+    if scores and scores[0] > 0.75:
+        return [other for other, score in zip(alike, scores, strict=True) if score > scores[0] - 0.05]
+    same_name = sorted(other for other in have if other.rpartition(".")[2] == key.rpartition(".")[2])
+    return same_name[:3] or alike
+
+
+def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration, without resolving anything."""
+    for name in config:
+        path = f"{prefix}{name}"
+        yield path
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            yield from keys(node, path + ".")
+
+
+def near_misses(added: list[str], config: DictConfig) -> list[str]:
+    """Keys added with `+` that lie one slip from an existing one: most likely a typing error."""
+    have = list(keys(config))
+    lines = []
+    for key in added:
+        near = [k for k in difflib.get_close_matches(key, have, 3, 0.9) if k != key]
+        if near:
+            lines.append(f"+{key} adds a new key; did you mean {near[0]}?")
+    return lines
+
+
+def _keys_of(primary: str, overrides: list[str], extra_dir: str | None) -> set[str]:
+    with _composer(extra_dir, None) as (_, compose):
+        return set(keys(compose(primary, overrides)))
+
+
+class _composer:
+    """Hydra's compose over our folder and those that were named, beside a Hydra that may already be active."""
+
+    def __init__(self, extra_dir: str | None, config_path: str | None) -> None:
+        self.extra_dir, self.config_path = extra_dir, config_path
+
+    def __enter__(self) -> tuple[ConfigLoader, Any]:
+        from hydra import compose, initialize_config_dir
+        from hydra.core.global_hydra import GlobalHydra
+
+        GlobalHydra.instance().clear()
+        folder = CONFIG_DIR
+        if self.config_path is not None:
+            folder = (CONFIG_DIR.parent / self.config_path).resolve()
+        others = [f"file://{Path(d).resolve()}" for d in (self.extra_dir, CONFIG_DIR) if d and Path(d) != folder]
+        search = [f"hydra.searchpath=[{','.join(others)}]"] if others else []
+        self.context = initialize_config_dir(str(folder), version_base="1.3")
+        self.context.__enter__()
+        loader = GlobalHydra.instance().config_loader()
+        return loader, lambda primary, overrides: compose(primary, [*overrides, *search])
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)

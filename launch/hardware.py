@@ -1,0 +1,90 @@
+"""What this machine has: accelerator and device count, cores for each process, and quiet libraries."""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from launch.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def resolve_hardware(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The trainer section with `accelerator` and `devices` as this machine has them.
+
+    `devices` auto is all GPUs, or one process on a CPU (as many as the launcher started under torchrun); -1 is all
+    there are. Raises ConfigError for an accelerator that is not there.
+    """
+    resolved = dict(trainer)
+    wanted, devices = str(trainer["accelerator"]), trainer["devices"]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted in ("gpu", "cuda") and not gpus:
+        if wanted == "gpu" and torch.backends.mps.is_available():
+            wanted = "mps"
+        else:
+            raise ConfigError(
+                f"trainer.accelerator={wanted}: no GPU is visible here; use trainer.accelerator=cpu or auto"
+            )
+    if wanted in ("auto", "gpu"):
+        wanted = "cuda" if gpus else "cpu"
+    resolved["accelerator"] = wanted
+    if devices in ("auto", -1, "-1", None):
+        launched = os.environ.get("LOCAL_WORLD_SIZE", "")
+        count = int(launched) if launched.isdigit() else (gpus if wanted == "cuda" else 1)
+        if devices not in ("auto", None):
+            log.info("trainer.devices=-1: %d %s", count, "GPU(s)" if wanted == "cuda" else f"process on {wanted}")
+        resolved["devices"] = count
+    elif wanted == "cuda" and isinstance(devices, int) and devices > gpus:
+        raise ConfigError(f"trainer.devices={devices}: {gpus} GPU(s) visible here")
+    if wanted == "cpu" and trainer.get("sync_batchnorm"):
+        log.info("trainer.sync_batchnorm is dropped: it needs GPUs")
+        resolved["sync_batchnorm"] = False
+    return resolved
+
+
+def num_processes(trainer: dict[str, Any]) -> int:
+    """Processes of this run on this machine."""
+    devices = trainer["devices"]
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def share_cores(trainer: dict[str, Any]) -> None:
+    """On a CPU, divide the cores among the run's processes instead of letting each take all of them."""
+    if trainer["accelerator"] == "cpu" and (processes := num_processes(trainer)) > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+# Messages of libraries that are right in general and wrong or without consequence here; each with its reason.
+_KNOWN_NOISE = (
+    ".*does not have many workers.*",  # data/loader.py chooses them for the machine
+    ".*`isinstance\\(treespec, LeafSpec\\)`.*",  # Lightning against this torch; nothing to do for a user
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run continues in its own directory
+    ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our samplers know their position
+    ".*Trying to infer the `batch_size`.*",  # given to every log call that needs it
+    ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # raised falsely after a resume
+)
+
+
+def quieten() -> None:
+    """Drop known noise of the libraries, so that what is printed is worth reading."""
+    for message in _KNOWN_NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        for suffix in ("", ".utilities.rank_zero", ".accelerators.cuda"):
+            logging.getLogger(name + suffix).addFilter(_worth_reading)
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    noise = (
+        "GPU available",
+        "TPU available",
+        "HPU available",
+        "💡",
+        "Tip:",
+        "LOCAL_RANK: ",
+        "`Trainer.fit` stopped",
+    )
+    return not any(word in record.getMessage() for word in noise)

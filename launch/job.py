@@ -1,0 +1,130 @@
+"""One script run, from argv to exit code.
+
+Exit codes: 0 done, 2 a user's mistake (one message, no traceback), 128 + n stopped by signal n after saving, 1
+anything else, with the one-line cause last.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.command_line import explain, prepare
+from launch.errors import is_users_mistake, one_line
+from launch.run_dir import discard_if_unused, register_resolvers
+
+
+def run(task: Callable[[], Any], script: str) -> NoReturn:
+    """Run a `@hydra.main` task with the typed arguments and end the process with its exit code."""
+    sys.exit(exit_code(task, script, sys.argv[1:]))
+
+
+def exit_code(task: Callable[[], Any], script: str, argv: list[str]) -> int:
+    """What a shell would see of `python <script>.py <argv>`; runs in this process."""
+    register_resolvers()
+    try:
+        with _environment():
+            sys.argv[1:] = argv = prepare(argv, script)
+            task()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (HydraException, OmegaConfBaseException) as error:
+        return _refuse(explain(error, argv, script))
+    except Exception as error:
+        if is_users_mistake(error):
+            return _refuse(one_line(error))
+        return _fail(error)
+    return 0
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Errors reach us as they are, instead of Hydra's report; the run's stamp ends with the run."""
+    before = dict(os.environ)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        for name in ("HYDRA_FULL_ERROR", "RUN_STAMP"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def _refuse(message: str) -> int:
+    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    return 2
+
+
+def _fail(error: Exception) -> int:
+    traceback.print_exc()
+    record = logging.makeLogRecord({"name": "launch", "levelno": logging.ERROR, "levelname": "ERROR"})
+    record.msg = traceback.format_exc()
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(record)
+    print(f"failed: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+    return 1
+
+
+@contextlib.contextmanager
+def one_job() -> Iterator[None]:
+    """Make this job look as if it had been started alone.
+
+    Lightning starts ranks above 0 by repeating `sys.argv`. In a sweep that would repeat the whole sweep, and with
+    values that each process draws for itself the ranks of one group would train with different ones. So for the time
+    of a job argv holds the job's own overrides, and what the job leaves in the environment is taken back.
+    """
+    hydra = HydraConfig.get()
+    try:
+        if hydra.mode == RunMode.MULTIRUN:
+            with _job_of_a_sweep(hydra):
+                yield
+        else:
+            yield
+    finally:
+        discard_if_unused(Path(hydra.runtime.output_dir))  # a dry run, or a mistake found before the first step
+
+
+@contextlib.contextmanager
+def _job_of_a_sweep(hydra: Any) -> Iterator[None]:
+    argv, environment = sys.argv[:], dict(os.environ)
+    typed = get_args_parser().parse_intermixed_args(argv[1:])
+    flags = [
+        f"--{flag}={value}"
+        for flag, value in (
+            ("config-name", typed.config_name),
+            ("config-path", typed.config_path),
+            ("config-dir", typed.config_dir),
+        )
+        if value
+    ]
+    of_the_sweep = ("hydra.mode=", "hydra.sweep", "hydra/sweeper", "hydra/launcher", "hydra.launcher")
+    own = [o for o in OmegaConf.to_container(hydra.overrides.hydra) if not str(o).startswith(of_the_sweep)]  # type: ignore[union-attr]
+    sys.argv = [argv[0], *flags, *hydra.overrides.task, *map(str, own)]
+    with flag_override(hydra, ["readonly", "struct"], False):
+        hydra.run.dir = hydra.runtime.output_dir  # Lightning hands this to the children
+    try:
+        yield
+    finally:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)

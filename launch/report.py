@@ -1,0 +1,69 @@
+"""What a run prints beside its progress: the dry run's summary and the closing lines."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from data.base import SystemData
+from models.base import System
+
+log = logging.getLogger(__name__)
+
+
+def dry_run(system: System, data: SystemData, trainer: pl.Trainer) -> None:
+    """Parameters per part of the system, the first training batch's shapes, and what the Trainer would do."""
+    count = sum(p.numel() for p in system.parameters())
+    trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
+    log.info("%s: %s parameters, %s trainable", type(system).__name__, f"{count:,}", f"{trainable:,}")
+    for name, module in _largest_parts(system):
+        log.info("  %-32s %12s", name, f"{sum(p.numel() for p in module.parameters()):,}")
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    log.info("first batch:")
+    for name, value in batch.items():
+        described = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        log.info("  %-32s %s", name, described)
+    log.info(
+        "trainer: %s x %s, strategy %s, precision %s",
+        trainer.num_devices,
+        type(trainer.accelerator).__name__,
+        type(trainer.strategy).__name__,
+        trainer.precision,
+    )
+    log.info("dry run: nothing was trained")
+
+
+def _largest_parts(system: System) -> list[tuple[str, nn.Module]]:
+    """Children, opened one level where one child holds everything."""
+    parts = [(name, module) for name, module in system.named_children() if any(True for _ in module.parameters())]
+    if len(parts) == 1:
+        name, module = parts[0]
+        inner = [(f"{name}.{n}", m) for n, m in module.named_children() if any(True for _ in m.parameters())]
+        parts = inner or parts
+    return parts
+
+
+def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | None) -> None:
+    """Where the results of a finished run lie, and what to type next."""
+    for name, value in (tested or {}).items():
+        log.info("%-28s %.4g", name, value)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or directory / "checkpoints" / "last.ckpt"
+    shown = _relative(Path(best))
+    log.info("best checkpoint  %s", shown)
+    if (directory / "listen").is_dir():
+        log.info("listen           %s", _relative(directory / "listen"))
+    log.info("look             tensorboard --logdir %s", _relative(directory))
+    log.info("next             python predict.py ckpt_path=%s input=<files> output=<folder>", shown)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def table(values: dict[str, Any]) -> str:
+    """Name and value, one per line."""
+    width = max((len(name) for name in values), default=0)
+    return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in values.items())

@@ -1,0 +1,100 @@
+"""Where a run lives: <exp_dir>/<name>/<version or start time>, one directory for all ranks.
+
+The start time is taken once, by the first process, and handed to its children through RUN_STAMP; launchers of many
+machines give all ranks the same stamp through SLURM_JOB_ID or torchrun's --rdzv_id.
+"""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from launch.errors import ConfigError
+
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+def register_resolvers() -> None:
+    """Make `${run_dir:…}`, `${sweep_dir:…}` and `${console_level:}` known to the configuration."""
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
+    OmegaConf.register_new_resolver("console_level", lambda: "INFO" if rank() == 0 else "WARNING", replace=True)
+
+
+def rank() -> int:
+    """Of this process, as its launcher tells it; 0 when there is none."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def run_dir(exp_manager: Any) -> str:
+    """The directory of a run; with `resume_if_exists`, that of the run to continue when there is one."""
+    if exp_manager.resume_if_exists and (found := find_run(exp_manager)) is not None:
+        return str(found)
+    return str(_base(exp_manager) / str(exp_manager.version or _stamp(_base(exp_manager))))
+
+
+def sweep_dir(exp_manager: Any) -> str:
+    """The directory of a sweep; each job has a numbered one inside."""
+    return str(_base(exp_manager) / f"sweep-{exp_manager.version or _stamp(_base(exp_manager))}")
+
+
+def find_run(exp_manager: Any) -> Path | None:
+    """`version` if given, else the newest directory of this name (itself included) that holds a checkpoint."""
+    base = _base(exp_manager)
+    if exp_manager.version:
+        candidates = [base / str(exp_manager.version)]
+    else:
+        candidates = [base, *sorted(base.glob("*"))]
+    holding = [folder for folder in candidates if any(folder.glob("checkpoints/*.ckpt"))]
+    return max(holding, key=_last_saved, default=None)
+
+
+def newest_run(folder: Path) -> Path | None:
+    """The directory below *folder* (itself included) whose checkpoints are the newest."""
+    holding = {file.parent.parent for file in folder.rglob("checkpoints/*.ckpt")}
+    return max(holding, key=_last_saved, default=None)
+
+
+def discard_if_unused(folder: Path) -> None:
+    """Remove a run directory that holds nothing but Hydra's own record: a run that never began."""
+    if rank() != 0 or not (folder / ".hydra").is_dir():
+        return
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+    if all(item.name == ".hydra" or item.suffix == ".log" for item in folder.iterdir()):
+        shutil.rmtree(folder)
+        for parent in (folder.parent, folder.parent.parent):  # <name> and runs, when this made them
+            if not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _last_saved(folder: Path) -> float:
+    return max(file.stat().st_mtime for file in folder.glob("checkpoints/*.ckpt"))
+
+
+def _base(exp_manager: Any) -> Path:
+    name = str(exp_manager.name)
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"exp_manager.name={name}: give a plain folder name; exp_manager.exp_dir says where")
+    return Path(exp_manager.exp_dir or "runs") / name
+
+
+def _stamp(base: Path) -> str:
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launcher = os.environ.get("SLURM_JOB_ID") or (elastic if elastic != "none" else None)
+    if "RUN_STAMP" not in os.environ:
+        stamp = launcher or time.strftime("%Y%m%d-%H%M%S")
+        # Two runs started within one second by hand are two runs; ranks of one launcher are one.
+        taken = 0
+        while not launcher and (base / (name := stamp + (f"-{taken + 1}" if taken else ""))).exists():
+            taken += 1
+        os.environ["RUN_STAMP"] = launcher or name
+    return os.environ["RUN_STAMP"]

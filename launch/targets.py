@@ -1,0 +1,76 @@
+"""From a configuration node to an object: allow-listed classes, plain arguments, every mistake in one message.
+
+Instead of hydra.utils.instantiate: that resolves any importable name, nested ones too, and stops at the first wrong
+argument. Here a `_target_` names a class of an allowed package and of the expected kind, and constructors get plain
+dicts and lists.
+"""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from launch.errors import ConfigError
+from models.checkpoint import find_class
+
+Kind = TypeVar("Kind")
+
+# Classes of other frameworks whose configurations load unchanged: the nested `_target_` is checked here and taken
+# out, since the system builds its parts from its own imports.
+FOREIGN_TARGETS: set[str] = set()
+
+
+class Blueprint:
+    """A class and the arguments it will be called with, checked but not yet called."""
+
+    def __init__(self, address: str, node: dict[str, Any], kind: type[Any], packages: Sequence[str] = ()) -> None:
+        self.address = address
+        self.problems: list[str] = []
+        self.cls: type[Any] | None = None
+        try:
+            self.cls = find_class(node["_target_"], kind, packages)
+        except ValueError as error:
+            self.problems.append(f"{address}._target_={error}")
+        except KeyError:
+            self.problems.append(f"{address}: no _target_, so nothing says which class to build")
+        arguments = {name: value for name, value in node.items() if name != "_target_"}
+        self.arguments = {name: self._without_targets(name, value) for name, value in arguments.items()}
+        if self.cls is not None:
+            self.problems += wrong_arguments(address, self.cls, self.arguments)
+
+    def _without_targets(self, path: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._without_targets(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        target = value.get("_target_")
+        if target is not None and target not in FOREIGN_TARGETS:
+            self.problems.append(f"{self.address}.{path}._target_={target}: no nested class can be chosen here")
+        return {k: self._without_targets(f"{path}.{k}", v) for k, v in value.items() if k != "_target_"}
+
+    def build(self) -> Any:
+        """The object. Raises ConfigError for what its constructor refuses."""
+        assert self.cls is not None
+        try:
+            return self.cls(**self.arguments)
+        except (ValueError, TypeError) as error:
+            if type(error) not in (ValueError, TypeError):
+                raise  # says more than we could: DataError, MisconfigurationException
+            raise ConfigError(f"{self.address}: {str(error).splitlines()[0]}") from error
+
+
+def wrong_arguments(address: str, callable_: Any, arguments: dict[str, Any]) -> list[str]:
+    """A line for each argument that the callable does not take or lacks."""
+    parameters = inspect.signature(callable_).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    lines = []
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name in arguments:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1, 0.6)
+                hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+                lines.append(f"{address}.{name}: {callable_.__name__} has no such argument; {hint}")
+    for parameter in parameters:
+        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in arguments:
+            lines.append(f"{address}.{parameter.name}: {callable_.__name__} needs it")
+    return lines

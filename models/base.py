@@ -1,0 +1,172 @@
+"""System: what the four systems share - optimiser, schedule, logging, metrics, weights.
+
+A system is a LightningModule whose constructor takes keyword-only plain Python values, one per key of its YAML, and
+which says in `step` what one batch costs. Everything else here has a default. The constructor's arguments travel in
+every checkpoint (`save_hyperparameters`), so `models.load` rebuilds a system without any configuration.
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from models.optim import build_optimizer, build_schedule
+
+
+class System(pl.LightningModule, ABC):
+    """One trainable system.
+
+    *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py.
+
+    Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
+    (`audio`, `image` or `array`). `sample_rate` is set where signals are audio.
+    """
+
+    FORMAT_VERSION: ClassVar[int] = 1
+    inputs: ClassVar[dict[str, str]] = {}
+    outputs: ClassVar[dict[str, str]] = {}
+    sample_rate: int | None = None
+
+    def __init__(self, *, optim: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames
+        self.optim = dict(optim or {})
+        self.structure: list[dict[str, Any]] = []  # changes to the module tree since construction, in order
+        self._metrics: dict[str, Metric] = {}
+
+    # What a system defines
+
+    @abstractmethod
+    def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What one batch costs: `loss`, further scalars to log, and any tensors that metrics or figures need."""
+
+    def make_metric(self) -> Metric | None:
+        """What validation and test report: a torchmetrics object whose `compute` returns name -> value."""
+        return None
+
+    def update_metric(self, metric: Metric, batch: dict[str, Tensor], output: dict[str, Tensor]) -> None:
+        """Feed `metric` with a batch and what `step` returned for it."""
+        raise NotImplementedError(f"{type(self).__name__} makes a metric, so it has to define update_metric")
+
+    def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Signals of the first example worth hearing or seeing: tag -> (T,) audio."""
+        return {}
+
+    def example_input(self) -> dict[str, Tensor]:
+        """A small input for each name in `inputs`, as `forward` takes them."""
+        raise ValueError(f"{type(self).__name__} has no example_input")
+
+    def predict(self, *signals: Tensor, **options: Any) -> dict[str, Tensor]:
+        """Signals in, signals out, as named by `inputs` and `outputs`; pure. A single input also positional."""
+        raise ValueError(f"{type(self).__name__} has no predict")
+
+    # Training
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._step_and_log(batch, "train")["loss"]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step_and_log(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step_and_log(batch, "test")
+
+    def _step_and_log(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        output = self.step(batch)
+        training = stage == "train"
+        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        scalars = {
+            f"{stage}_{name}": value
+            for name, value in output.items()
+            if not isinstance(value, Tensor) or value.ndim == 0
+        }
+        self.log_dict(scalars, on_step=training, on_epoch=not training, batch_size=size, sync_dist=not training)
+        if stage in self._metrics:
+            self.update_metric(self._metrics[stage], batch, output)
+        return output
+
+    def setup(self, stage: str) -> None:
+        for name in ("val", "test"):
+            metric = self.make_metric()
+            if metric is not None and name not in self._metrics:
+                self._metrics[name] = metric
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset_metric("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._reset_metric("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metric("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metric("test")
+
+    def _reset_metric(self, stage: str) -> None:
+        # Not submodules: their states are no weights, and the module tree stays the network's alone.
+        if stage in self._metrics:
+            self._metrics[stage].to(self.device).reset()
+
+    def _log_metric(self, stage: str) -> None:
+        if stage in self._metrics:
+            values = self._metrics[stage].compute()  # already reduced over the ranks
+            self.log_dict(
+                {f"{stage}_{name}": torch.as_tensor(value).float() for name, value in values.items()},
+                sync_dist=True,
+            )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(
+            (parameter for parameter in self.parameters() if parameter.requires_grad), self.optim
+        )
+        schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
+        return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
+
+    def _total_steps(self) -> float:
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        if self.trainer.max_epochs == -1:
+            return math.inf
+        return self.trainer.estimated_stepping_batches
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["format_version"] = self.FORMAT_VERSION
+        checkpoint["system"] = {
+            "name": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": dict(self.hparams),
+        }
+        checkpoint["structure"] = list(self.structure)
+
+    def load_weights(
+        self, state: dict[str, Tensor], *, include: list[str] | None = None, exclude: list[str] | None = None
+    ) -> dict[str, list[str]]:
+        """Copy what matches in name and shape from `state`; say what did not.
+
+        *include*, *exclude*: regular expressions searched in the names; null includes all, excludes none.
+
+        Returns `loaded`, `missing` (ours, not in the file), `unexpected` (in the file, not ours) and `mismatched`
+        (other shape) names.
+        """
+        own = self.state_dict()
+        chosen = {
+            name: tensor
+            for name, tensor in state.items()
+            if (not include or any(re.search(pattern, name) for pattern in include))
+            and not any(re.search(pattern, name) for pattern in exclude or ())
+        }
+        loaded = {name: tensor for name, tensor in chosen.items() if name in own and own[name].shape == tensor.shape}
+        self.load_state_dict(loaded, strict=False)
+        return {
+            "loaded": sorted(loaded),
+            "missing": sorted(set(own) - set(chosen)),
+            "unexpected": sorted(set(chosen) - set(own)),
+            "mismatched": sorted((set(chosen) & set(own)) - set(loaded)),
+        }

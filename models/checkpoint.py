@@ -1,0 +1,116 @@
+"""Reading a checkpoint of format 1 without trusting it.
+
+A checkpoint is data: `torch.load(weights_only=True)` builds containers and tensors only, and the one class name in it
+(the system's) is looked up in our own packages, or in those that the caller names. Writing is launch/checkpoint.py.
+
+Keys of format 1 beside Lightning's own (`state_dict`, `optimizer_states`, `loops`, `callbacks`, …):
+
+* `format_version`: 1
+* `system`: `{name: "models.conv_tasnet.ConvTasNet", arguments: {…}}`
+* `structure`: changes of the module tree, in order; empty for a system as constructed
+* `config`: the resolved configuration of the run · `overrides`: what was typed · `plan`: plan.json
+* `versions`: of Python and the packages · `git`: the commit, where there is one
+"""
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from models.base import System
+
+Kind = TypeVar("Kind")
+OWN_PACKAGES = ("models", "data", "callbacks")
+LIBRARY_PACKAGES = ("pytorch_lightning.callbacks", "pytorch_lightning.loggers")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+def find_class(target: str, kind: type[Kind], packages: Sequence[str] = ()) -> type[Kind]:
+    """The class that a dotted name stands for, if it is a `kind` defined inside an allowed package.
+
+    *packages*: allowed beside our own; only what a user typed may stand here, never what a file says.
+
+    Raises ValueError for every other name, before anything is imported where the package is not allowed.
+    """
+    allowed = (*OWN_PACKAGES, *LIBRARY_PACKAGES, *packages)
+    module_name, _, class_name = str(target).rpartition(".")
+    if not _inside(module_name, allowed):
+        raise ValueError(f"{target}: not in an allowed package ({', '.join(allowed)}); packages=[…] allows others")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise ValueError(f"{target}: cannot be imported ({error})") from error
+    except AttributeError:
+        raise ValueError(f"{target}: module {module_name} has no {class_name}") from None
+    # The module of a name is no proof: `models.base.pl` and everything below it is reachable from an allowed module.
+    if not (inspect.isclass(found) and issubclass(found, kind) and _inside(found.__module__, allowed)):
+        raise ValueError(f"{target}: not a {kind.__name__} of an allowed package")
+    return found
+
+
+def _inside(module_name: str, packages: Sequence[str]) -> bool:
+    return any(module_name == package or module_name.startswith(package + ".") for package in packages)
+
+
+def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """The plain content of a checkpoint file.
+
+    Raises CheckpointError, in one line, for a file that is missing, damaged, of a newer format, or that holds
+    anything but plain containers and tensors; nothing in it is run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused, it holds more than plain data ({_cause(error)})") from error
+    except Exception as error:  # torch has no error class of its own for a damaged archive
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({_cause(error)})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path}: not a training checkpoint (no state_dict in it)")
+    version = content.get("format_version")
+    if version is not None and version > System.FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: written in format {version}; this version reads up to {System.FORMAT_VERSION}, update it"
+        )
+    return content
+
+
+def _cause(error: Exception) -> str:
+    """The telling line of torch's long messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Unsupported" in line or "WeightsUnpickler error" in line]
+    return (telling or lines or [type(error).__name__])[0][:200]
+
+
+def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[str] = ()) -> System:
+    """The system that a checkpoint's content describes, with its weights, in evaluation mode."""
+    described = content.get("system")
+    if content.get("format_version") is None or not isinstance(described, dict):
+        raise CheckpointError(f"{path}: not written by this framework (no format_version); init_from reads weights")
+    if content.get("structure"):
+        raise CheckpointError(f"{path}: its layers were changed during training in a way this version cannot rebuild")
+    try:
+        system = find_class(described["name"], System, packages)(**described["arguments"])
+        system.load_state_dict(content["state_dict"])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+    return system.eval()
+
+
+def load(path: str | Path, *, packages: Sequence[str] = (), map_location: Any = "cpu") -> System:
+    """A trained system from its checkpoint: `load("x.ckpt").predict(x, sample_rate=16000)`.
+
+    *packages*: packages of your own that the system's class may come from.
+
+    Raises CheckpointError as `read_checkpoint` and `build_system` do.
+    """
+    return build_system(read_checkpoint(path, map_location=map_location), path, packages).to(map_location)

@@ -1,0 +1,102 @@
+"""From the plain `optim` section to a torch optimiser and its learning-rate schedule.
+
+Two decisions: names are those of torch.optim in lower case, so there is no list of ours to keep; and both sections
+are flat (one key has one meaning whichever optimiser or schedule is chosen), so that a switch is one override:
+`model.optim.name=sgd`, `model.optim.sched.name=cosine`.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+log = logging.getLogger(__name__)
+
+# Keys that belong to some optimisers only: without effect, not wrong, when another one is chosen.
+_FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -> Optimizer:
+    """The optimiser that `optim` names, over the given parameters.
+
+    *optim*: `{name, lr, …, sched}`; keys that are null keep torch's default.
+
+    Raises ValueError for an unknown name and for keys that no optimiser of that name takes, all at once.
+    """
+    factory = _optimizer_class(str(optim.get("name") or "adam"))
+    options = {key: value for key, value in optim.items() if key not in ("name", "sched") and value is not None}
+    known = set(inspect.signature(factory).parameters) - {"params"}
+    unknown = set(options) - known
+    if wrong := sorted(unknown - _FAMILY_KEYS):
+        raise ValueError(
+            f"model.optim: {factory.__name__} has no {', '.join(wrong)}; it has {', '.join(sorted(known))}"
+        )
+    if unknown:
+        log.warning("model.optim: %s has no %s: without effect", factory.__name__, ", ".join(sorted(unknown)))
+    return factory(parameters, **{key: value for key, value in options.items() if key in known})
+
+
+def _optimizer_class(name: str) -> Callable[..., Optimizer]:
+    if name.lower() == "adam8bit":
+        try:
+            from bitsandbytes.optim import Adam8bit  # type: ignore[import-not-found]
+        except ImportError:
+            raise ValueError("model.optim.name=adam8bit needs a package: pip install bitsandbytes") from None
+        return Adam8bit
+    classes = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    if name.lower() not in classes:
+        choices = ", ".join([*sorted(classes), "adam8bit"])
+        raise ValueError(f"model.optim.name={name}: no such optimiser; choose from {choices}")
+    return classes[name.lower()]
+
+
+def build_schedule(
+    optimizer: Optimizer,
+    total_steps: float,
+    *,
+    name: str | None = None,
+    monitor: str = "val_loss",
+    mode: str = "min",
+    factor: float = 0.5,
+    patience: int = 3,
+    min_lr: float = 0.0,
+    warmup_steps: int = 0,
+) -> dict[str, Any] | None:
+    """Lightning's description of a schedule, or None for a constant rate.
+
+    * `none`: constant.
+    * `halving` (also `plateau`): the rate times `factor` once `monitor` has not improved for `patience` epochs with
+      validation, never below `min_lr`.
+    * `cosine`: linear warm-up over `warmup_steps`, then half a cosine down to `min_lr` at `total_steps` (optimiser
+      steps of the whole run).
+
+    Raises ValueError for an unknown name and for a cosine over a run without an end.
+    """
+    if name in (None, "none"):
+        return None
+    if name in ("halving", "plateau"):
+        plateau = ReduceLROnPlateau(optimizer, mode=mode, factor=factor, patience=patience, min_lr=min_lr)  # type: ignore[arg-type]
+        return {"scheduler": plateau, "monitor": monitor, "interval": "epoch"}
+    if name == "cosine":
+        if not 0 < total_steps < math.inf:
+            raise ValueError("model.optim.sched.name=cosine needs an end: set trainer.max_steps or trainer.max_epochs")
+        floor = min_lr / optimizer.param_groups[0]["lr"]
+
+        def relative_rate(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / (warmup_steps + 1)
+            progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        return {"scheduler": LambdaLR(optimizer, relative_rate), "interval": "step"}
+    raise ValueError(f"model.optim.sched.name={name}: no such schedule; choose from none, halving, cosine")

@@ -1,0 +1,1 @@
+"""Plain network modules: torch and torchaudio only, neither Lightning nor Hydra."""

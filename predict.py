@@ -1,0 +1,17 @@
+"""Run a checkpoint on files: python predict.py ckpt_path=runs/… input=<file, folder, glob or manifest> output=<folder>"""
+
+import hydra
+from omegaconf import DictConfig
+
+from launch import job
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="predict")
+def main(cfg: DictConfig) -> None:
+    from launch import predict
+
+    predict.run(cfg)
+
+
+if __name__ == "__main__":
+    job.run(main, "predict")

@@ -1,0 +1,197 @@
+"""A signal at any moment: the step is finished and saved, training stops, and a resume equals a run that went on."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+from callbacks.graceful import GracefulStop
+from callbacks.last import LastCheckpoint
+from callbacks.resume import ExactResume
+from callbacks.rng import RngState
+
+
+class Kill(pl.Callback):
+    """Sends this process a signal in the n-th call of a hook."""
+
+    def __init__(self, hook: str, call: int = 1, signum: int = signal.SIGTERM, times: int = 1) -> None:
+        self.calls = 0
+
+        def kill(*_: Any, **__: Any) -> None:
+            self.calls += 1
+            if self.calls == call:
+                for _ in range(times):
+                    os.kill(os.getpid(), signum)
+
+        setattr(self, hook, kill)
+
+
+def last(root: Path) -> Path:
+    return root / "checkpoints" / "last.ckpt"
+
+
+def step_of(root: Path) -> int:
+    return torch.load(last(root), weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "saved_at"),
+    [
+        ("setup", 1, 0),  # before the first step
+        ("on_fit_start", 1, 0),
+        ("on_train_batch_start", 2, 2),  # within an epoch
+        ("on_train_batch_start", 3, 3),  # in the last step of an epoch: its validation is still to come
+        ("on_train_batch_end", 1, 1),
+        ("on_validation_start", 1, 3),
+        ("on_validation_batch_start", 1, 3),
+        ("on_validation_batch_start", 2, 3),
+        ("on_validation_epoch_end", 1, 3),  # the validation ends, the next epoch does not begin
+        ("on_validation_end", 1, 3),
+        ("on_train_epoch_end", 1, 3),
+    ],
+)
+@pytest.mark.parametrize("limit", [dict(max_epochs=3), dict(max_epochs=-1, max_steps=9)], ids=["epochs", "steps"])
+def test_stopped_and_resumed_equals_one_run(
+    tmp_path: Path, tiny: Any, hook: str, call: int, saved_at: int, limit: dict, capsys: pytest.CaptureFixture
+) -> None:
+    def run(folder: Path, *more: pl.Callback, checkpoint: Path | None = None) -> tuple[Any, list[pl.Callback]]:
+        torch.manual_seed(0 if checkpoint is None else 1)
+        graceful = GracefulStop()
+        best = ModelCheckpoint(
+            dirpath=folder / "checkpoints", monitor="val_loss", filename="best-{step}", enable_version_counter=False
+        )
+        watching = [graceful, RngState(), LastCheckpoint(every_n_steps=1), best, *more]
+        stop_early = EarlyStopping(monitor="val_loss", patience=50)  # strict: fails when there is no val_loss
+        trainer = tiny.make_trainer(folder, [*watching, stop_early], **limit)
+        module = tiny.Tiny(plateau=True)
+        trainer.fit(module, datamodule=tiny.Data(), ckpt_path=checkpoint)
+        return module, [graceful, best, stop_early]
+
+    whole, (_, best, stop_early) = run(tmp_path / "whole")
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    first, (graceful, *_) = run(tmp_path / "run", Kill(hook, call))
+    assert graceful.stopped and graceful.signum == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert step_of(tmp_path / "run") == saved_at
+    printed = capsys.readouterr()
+    assert f"SIGTERM: saved checkpoints/last.ckpt at step {saved_at}\n" in printed.out
+
+    done = list(first.events)
+    if (hook, call) in [("on_validation_batch_start", 1), ("on_validation_start", 1), ("on_validation_batch_start", 2)]:
+        while done[-1][0] == "val":  # cut short, so it is repeated
+            done.pop()
+    second, (_, best_again, stop_again) = run(tmp_path / "run", checkpoint=last(tmp_path / "run"))
+    assert done + second.events == whole.events
+    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
+    assert best_again.best_model_score == best.best_model_score
+    assert Path(best_again.best_model_path).name == Path(best.best_model_path).name
+    assert stop_again.state_dict() == stop_early.state_dict()
+
+
+def test_waits_for_accumulated_gradients(tmp_path: Path, tiny: Any) -> None:
+    graceful = GracefulStop()
+    trainer = tiny.make_trainer(
+        tmp_path, [graceful, Kill("on_train_batch_end", 1)], accumulate_grad_batches=2, limit_val_batches=0
+    )
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert graceful.stopped and step_of(tmp_path) == 1
+    assert len([e for e in trainer.lightning_module.events if e[0] == "train"]) == 2
+
+
+def test_asks_only_every_so_many_steps(tmp_path: Path, tiny: Any) -> None:
+    trainer = tiny.make_trainer(
+        tmp_path, [GracefulStop(every_n_steps=4), Kill("on_train_batch_end", 1)], max_epochs=-1, max_steps=9,
+        limit_val_batches=0, limit_train_batches=20, val_check_interval=20, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    data = tiny.Data()
+    trainer.fit(tiny.Tiny(), datamodule=data)
+    assert step_of(tmp_path) == 3  # the next epoch begins: all ranks ask there
+    with pytest.raises(ValueError, match="every_n_steps=0"):
+        GracefulStop(every_n_steps=0)
+
+
+def test_stops_although_a_minimum_is_set(tmp_path: Path, tiny: Any) -> None:
+    trainer = tiny.make_trainer(tmp_path, [GracefulStop(), Kill("on_train_batch_end", 2)], min_steps=6, min_epochs=2)
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert step_of(tmp_path) == 2
+    assert not [event for event in trainer.lightning_module.events if event[0] == "val"]
+
+
+def test_cut_validation_reports_nothing(tmp_path: Path, tiny: Any) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path / "checkpoints", monitor="val_loss", filename="best-{step}")
+    trainer = tiny.make_trainer(tmp_path, [GracefulStop(), best, Kill("on_validation_batch_start", 1)])
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert [e[0] for e in trainer.lightning_module.events] == ["train"] * 3 + ["val"]
+    assert "val_loss" not in trainer.callback_metrics
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_the_validation_of_the_very_last_step_is_finished(tmp_path: Path, tiny: Any) -> None:
+    graceful = GracefulStop()
+    trainer = tiny.make_trainer(tmp_path, [graceful, Kill("on_train_batch_end", 3)], max_epochs=-1, max_steps=3)
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert graceful.signum == signal.SIGTERM and not graceful.stopped and step_of(tmp_path) == 3
+    assert "val_loss" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_validation_batch_start"])
+def test_in_the_sanity_check(tmp_path: Path, tiny: Any, hook: str) -> None:
+    graceful = GracefulStop()
+    trainer = tiny.make_trainer(tmp_path, [graceful, Kill(hook)], num_sanity_val_steps=2)
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert graceful.stopped and step_of(tmp_path) == 0
+    assert [e[0] for e in trainer.lightning_module.events] == ["val"]
+
+
+def test_second_signal_stops_at_once(tmp_path: Path, tiny: Any, capfd: pytest.CaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    graceful = GracefulStop()
+    trainer = tiny.make_trainer(tmp_path, [graceful, Kill("on_train_batch_start", 2, signal.SIGINT, times=2)])
+    try:
+        with pytest.raises(SystemExit) as exit:
+            trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+        assert exit.value.code == 1 and graceful.signum == signal.SIGINT and not graceful.stopped
+        assert not last(tmp_path).exists()
+        assert "SIGINT: stopping after this step; once more stops at once\n" in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves Ctrl-C ignored
+
+
+def test_handlers_are_ours_while_training_and_gone_after_an_error(tmp_path: Path, tiny: Any) -> None:
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+    graceful = GracefulStop()
+    seen = {}
+
+    class Fails(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.update({name: signal.getsignal(getattr(signal, name)) for name in before})
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        tiny.make_trainer(tmp_path, [graceful, Fails()]).fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert set(seen.values()) == {graceful._note}
+    assert {name: signal.getsignal(getattr(signal, name)) for name in before} == before
+
+
+def test_signals_that_the_platform_lacks_are_left_out(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(signal, "SIGUSR1")
+    trainer = tiny.make_trainer(tmp_path, [GracefulStop(), Kill("on_train_batch_end")])
+    trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's own would miss it
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert step_of(tmp_path) == 1
+
+
+def test_saves_after_all_other_callbacks(tmp_path: Path, tiny: Any) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path)
+    graceful, other = GracefulStop(), Kill("on_fit_end", call=99)
+    trainer = tiny.make_trainer(tmp_path, [graceful, other, best], max_steps=1)
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    order = trainer.callbacks
+    assert order.index(other) < order.index(graceful) < order.index(best)

@@ -1,0 +1,127 @@
+"""What many tests need: a small corpus of "speech", a way to run a script as a shell would, a trained checkpoint."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from data.manifest import write_manifest
+from launch import job
+
+RATE = 8000
+# A network of a few hundred weights: what is tested is the framework around it.
+TINY = (
+    "model.num_filters=16 model.bottleneck_channels=8 model.hidden_channels=16 model.skip_channels=8"
+    " model.num_blocks=2 model.num_repeats=1 data.segment_s=0.25 data.eval_segment_s=0.5 data.train_mixtures=64"
+    " data.val_mixtures=4 data.test_mixtures=4 data.loader.num_workers=0 trainer.accelerator=cpu"
+).split()
+
+
+@dataclass
+class Finished:
+    """What a shell would see of a command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+def run_script(script: str, arguments: list[str] | str) -> Finished:
+    """`python <script>.py <arguments>` in this process, from the current folder."""
+    main = importlib.import_module(script).main
+    argv = shlex.split(arguments) if isinstance(arguments, str) else list(arguments)
+    out, err = io.StringIO(), io.StringIO()
+    handlers = logging.getLogger().handlers[:]
+    import sys
+
+    typed = sys.argv[:]
+    sys.argv = [f"{script}.py"]
+    threads = torch.get_num_threads()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = job.exit_code(main, script, argv)
+    finally:
+        sys.argv = typed
+        torch.set_num_threads(threads)
+        for handler in logging.getLogger().handlers:
+            if handler not in handlers:
+                handler.close()
+        logging.getLogger().handlers = handlers
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str, list[str] | str], Finished]:
+    return run_script
+
+
+def synthetic_speech(rng: np.random.Generator, seconds: float, pitch_hz: float) -> np.ndarray:
+    """Harmonics of a wavering pitch in syllables of noise-like length: cheap, and never silent for long."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    phase = 2 * np.pi * np.cumsum(pitch_hz * (1 + 0.05 * np.sin(2 * np.pi * 3 * time))) / RATE
+    tone = sum(np.sin(k * phase + rng.uniform(0, 6)) / k for k in range(1, 8))
+    syllables = 0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(2, 5) * time + rng.uniform(0, 6))
+    return (0.1 * tone * syllables + 0.001 * rng.standard_normal(time.size)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with speech/<talker>/<n>.wav of nine talkers and train.jsonl, val.jsonl, test.jsonl beside it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    for talker in range(9):
+        split = ("train", "val", "test")[max(0, talker - 3) // 2 if talker > 4 else 0]
+        for number in range(2):
+            file = folder / "speech" / f"talker{talker}" / f"{number}.wav"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(file, synthetic_speech(rng, 1.0, 90 + 20 * talker), RATE)
+            rows[split].append({"audio_filepath": str(file), "duration": 1.0, "speaker": f"talker{talker}"})
+    for split, lines in rows.items():
+        write_manifest(folder / f"{split}.jsonl", lines)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def manifests(corpus: Path) -> list[str]:
+    """Overrides that name the corpus's manifests."""
+    return [f"data.{split}_manifest={corpus / f'{split}.jsonl'}" for split in ("train", "val", "test")]
+
+
+@pytest.fixture(scope="session")
+def trained(manifests: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny separator that was trained for four steps, validated and tested."""
+    folder = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(folder):
+        done = run_script("train", ["model=conv_tasnet", "debug=fast", "exp_manager.version=one", *TINY, *manifests])
+    assert done.code == 0, done.text
+    return folder / "runs" / "conv_tasnet" / "one"
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test run under a job scheduler must not be taken for one of its ranks."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_JOB_ID", "RUN_STAMP"):
+        monkeypatch.delenv(name, raising=False)
+    assert os.environ.get("RUN_STAMP") is None

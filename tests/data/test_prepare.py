@@ -1,0 +1,91 @@
+"""The command line of data.prepare; what it prepares is tested beside each corpus."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from data import prepare
+from data.manifest import read_manifest
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    folder = tmp_path / "recordings"
+    for speaker in range(10):
+        for take in range(2):
+            path = folder / f"speaker{speaker}" / f"{take}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sf.write(path, np.random.default_rng(take).uniform(-0.5, 0.5, 1600), 16000)
+    return folder
+
+
+def test_manifest_splits_a_folder_by_speaker(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "manifests"
+    command = ["manifest", "--input", str(recordings), "--output", str(output), "--test-fraction", "0.3"]
+    assert prepare.main(command) == 0
+    assert "test.jsonl: 3 speakers, 6 recordings, 0.00 hours" in capsys.readouterr().out
+    rows = {split: read_manifest(output / f"{split}.jsonl") for split in ("train", "val", "test")}
+    assert sum(map(len, rows.values())) == 20
+    assert prepare.main(["manifest", "--check", "--output", str(output)]) == 0
+    assert prepare.main(command) == 0  # the same again
+    assert "unchanged" in capsys.readouterr().out
+    assert prepare.main([*command, "--seed", "1"]) == 2
+    assert "exists and says something else" in capsys.readouterr().err
+    assert {split: read_manifest(output / f"{split}.jsonl") for split in rows} == rows
+
+
+def test_a_split_of_no_speakers_is_not_written(recordings: Path, tmp_path: Path) -> None:
+    output = tmp_path / "manifests"
+    assert prepare.main(["manifest", "--input", str(recordings), "--output", str(output), "--val-fraction", "0"]) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert prepare.main(["manifest", "--check", "--output", str(output)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["manifest", "--output", "x"], "error: --input is missing"),
+        (["manifest", "--input", "none", "--output", "x"], "error: none: no such folder"),
+        (["manifest", "--check", "--output", "none"], "none/train.jsonl: no such manifest"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--jobs", "0"], "argument --jobs: must be 1 or more, got 0"),
+        (["demo", "--seed", "x"], "argument --seed: invalid whole number value: 'x'"),
+        (["manifest", "--output", "x", "--val-fraction", "1"], "must be from 0 to below 1, got 1"),
+        (["none"], "invalid choice: 'none'"),
+        ([], "the following arguments are required: corpus"),
+    ],
+)
+def test_argparse_mistakes_exit_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        prepare.main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ten_problems_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(prepare, "check_demo", lambda _output: [f"problem {i}" for i in range(14)])
+    assert prepare.main(["demo", "--check"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: problem 0" and lines[-1] == "error: and 4 more" and len(lines) == 11

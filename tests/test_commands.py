@@ -1,0 +1,115 @@
+"""The command line as an executable contract: tests/commands/*.txt, see the README there."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "commands"
+ROOT = Path(__file__).parent.parent
+_HEADER = re.compile(r"(?P<code>\d+)\s+(?P<run>run\s+)?(?:#(?P<issue>\d+)\s+)?(?P<command>\S.*)")
+
+
+@dataclass
+class Command:
+    """One line of a file with its expectation."""
+
+    file: str
+    line: int
+    code: int
+    text: str
+    run: bool
+    issue: str | None
+    replacements: list[tuple[str, str]]
+    expected: list[str] = field(default_factory=list)
+
+    def argv(self, **places: Path) -> list[str]:
+        """What is run: replacements made, places filled in."""
+        words = shlex.split(self.text)
+        for old, new in self.replacements:
+            words = [word.replace(old, new) for word in words]
+        return [word.replace("//", "/") for word in _fill(words, places)]
+
+
+def _fill(words: list[str], places: dict[str, Path]) -> Iterator[str]:
+    for word in words:
+        for name, path in places.items():
+            word = word.replace(f"{{{name}}}", str(path))
+        yield word
+
+
+def read_commands(file: Path) -> list[Command]:
+    replacements, commands = [], []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if line.startswith("= "):
+            old, _, new = line[2:].partition(" -> ")
+            replacements.append((old, new))
+        elif line.startswith("  | "):
+            commands[-1].expected.append(line[4:])
+        elif line.strip() and not line.startswith("#"):
+            found = _HEADER.fullmatch(line)
+            assert found, f"{file.name}:{number}: neither a command nor an expectation: {line}"
+            commands.append(
+                Command(
+                    file=file.stem,
+                    line=number,
+                    code=int(found["code"]),
+                    text=found["command"],
+                    run=bool(found["run"]),
+                    issue=found["issue"],
+                    replacements=replacements,
+                )
+            )
+    return commands
+
+
+COMMANDS = [command for file in sorted(FOLDER.glob("*.txt")) for command in read_commands(file)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.file}:{c.line}")
+def test_command(command: Command, script: Callable, corpus: Path, trained: Path, in_tmp: Path) -> None:
+    if command.issue:
+        pytest.skip(f"pending, issue {command.issue}: {command.text[:60]}")
+    assert command.expected, "a command without an expected line proves little"
+    python, name, *arguments = command.argv(corpus=corpus, run=trained, tmp=in_tmp)
+    assert python == "python"
+    if name == "train.py" and not command.run and not any(a.startswith("-") and a != "-m" for a in arguments):
+        arguments.append("dry_run=true")
+    if name == "-m":
+        done = script(arguments[0], arguments[1:])
+    else:
+        done = script(name.removesuffix(".py"), arguments)
+    assert done.code == command.code, done.text
+    for line in command.expected:
+        assert line in done.text
+    assert "Traceback" not in done.text
+    if command.code == 2 or not command.run:
+        assert not (in_tmp / "runs").exists(), "a run that never began leaves no directory behind"
+
+
+def test_pending_commands_are_counted(capsys: pytest.CaptureFixture) -> None:
+    pending = [command for command in COMMANDS if command.issue]
+    with capsys.disabled():
+        print(f"\ncommands: {len(COMMANDS) - len(pending)} held, {len(pending)} pending")
+    assert len(COMMANDS) > 60
+
+
+def test_every_command_of_the_documents_is_held() -> None:
+    held = {re.sub(r"\s+", " ", command.text) for command in COMMANDS}
+    for document in [ROOT / "README.md"]:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                text = re.sub(r"\s+", " ", line.partition("  #")[0]).strip()
+                if re.match(r"python \w+\.py", text):
+                    assert text in held, f"{document.name}: no line in tests/commands holds: {text}"
+
+
+def test_scripts_share_one_screen() -> None:
+    for name in ("train", "evaluate", "predict", "export"):
+        source = (ROOT / f"{name}.py").read_text()
+        assert len(source.splitlines()) <= 50, f"{name}.py no longer fits one screen"
+        assert importlib.import_module(name).main
