@@ -8,9 +8,10 @@ from launch import job
 
 @hydra.main(version_base="1.3", config_path="config", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    from launch import evaluate
+    with job.one_job():
+        from launch import evaluate
 
-    evaluate.run(cfg)
+        evaluate.run(cfg)
 
 
 if __name__ == "__main__":

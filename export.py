@@ -8,9 +8,10 @@ from launch import job
 
 @hydra.main(version_base="1.3", config_path="config", config_name="export")
 def main(cfg: DictConfig) -> None:
-    from launch import export
+    with job.one_job():
+        from launch import export
 
-    export.run(cfg)
+        export.run(cfg)
 
 
 if __name__ == "__main__":

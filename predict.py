@@ -1,4 +1,4 @@
-"""Run a checkpoint on files: python predict.py ckpt_path=runs/… input=<file, folder, glob or manifest> output=<folder>"""
+"""Run a checkpoint on files: python predict.py ckpt_path=runs/… input=<files> output=<folder>"""
 
 import hydra
 from omegaconf import DictConfig
@@ -8,9 +8,10 @@ from launch import job
 
 @hydra.main(version_base="1.3", config_path="config", config_name="predict")
 def main(cfg: DictConfig) -> None:
-    from launch import predict
+    with job.one_job():
+        from launch import predict
 
-    predict.run(cfg)
+        predict.run(cfg)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ def main(cfg: DictConfig) -> float | None:
         run.seed()
         data = run.data()
         system = run.system()
-        resume = run.resume_path(system)
         trainer = run.trainer(system)
         if run.config["dry_run"]:
             return report.dry_run(system, data, trainer)
-        run.fit(trainer, system, data, resume)
+        run.fit(trainer, system, data)
         tested = run.test(trainer, system, data)
         report.closing(run.directory, trainer, tested)
         return run.monitored(trainer)

@@ -8,6 +8,8 @@ Decisions that are not obvious
   hook, so that the step is also logged. Nothing is written afterwards but what belongs to that step.
 * A validation in progress is cut short: its numbers would be of a part of the data, so they are dropped, and neither
   checkpoints nor schedules hear of it. callbacks/resume.py makes the resumed run repeat it.
+* Launchers such as torchrun pass a signal on to processes that the sender may have signalled too. So the same request
+  arrives twice within moments; only a later signal is a second one.
 * Our handlers take the place of Lightning's. Its SIGTERM handler runs a collective from inside the handler, which
   hangs when every rank is told (scancel, docker stop), and under SLURM it would requeue the job by itself.
 """
@@ -15,6 +17,7 @@ Decisions that are not obvious
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,6 +27,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+_ECHO_S = 1.0
 
 
 class GracefulStop(pl.Callback):
@@ -48,6 +52,7 @@ class GracefulStop(pl.Callback):
         self._saved = False
         self._cut_validation = False
         self._asked_at_step = 0
+        self._told_at = 0.0
         self._previous: dict[int, Any] = {}
         self._quiet = False
 
@@ -68,8 +73,10 @@ class GracefulStop(pl.Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
-            raise KeyboardInterrupt
-        self.signum = signum
+            if time.monotonic() - self._told_at >= _ECHO_S:
+                raise KeyboardInterrupt
+            return
+        self.signum, self._told_at = signum, time.monotonic()
         if not self._quiet:  # not print(): the signal may have interrupted one
             name = signal.Signals(signum).name
             os.write(2, f"{name}: stopping after this step; once more stops at once\n".encode())

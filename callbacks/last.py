@@ -1,16 +1,18 @@
 """checkpoints/last.ckpt, where a resumed run continues.
 
 Lightning's ModelCheckpoint writes its `last` beside the best one and, when both fall on one step, before the
-validation of that step, which a resume then skips. This one always writes after it.
+validation of that step, which a resume then skips. This one always writes after it, and after the best one, whose
+path it holds: Lightning calls callbacks of kind Checkpoint last, in their order.
 """
 
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 
 
-class LastCheckpoint(pl.Callback):
+class LastCheckpoint(Checkpoint):
     """Saves every *every_n_steps* optimiser steps, after each validation and at the end of training."""
 
     def __init__(self, *, every_n_steps: int = 500) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from callbacks.graceful import GracefulStop
@@ -75,7 +76,9 @@ class Summary(pl.Callback):
             "steps": trainer.global_step,
             "versions": {
                 "python": platform.python_version(),
-                **{name: _version(name) for name in ("torch", "torchaudio", "pytorch_lightning")},
+                "torch": torch.__version__,  # with its build, such as +cu130
+                "torchaudio": _version("torchaudio"),
+                "pytorch_lightning": pl.__version__,
             },
         }
 

@@ -56,9 +56,7 @@ def audio_info(path: PathLike) -> AudioInfo:
         return AudioInfo(file.samplerate, file.frames, file.channels, file.frames / file.samplerate)
 
 
-def read_audio(
-    path: PathLike, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None
-) -> Tensor:
+def read_audio(path: PathLike, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None) -> Tensor:
     """Read a recording, or a part of it, as mono at `sample_rate`.
 
     Several channels are averaged. A part is `round(duration_s * sample_rate)` samples from sample
@@ -86,9 +84,7 @@ def read_audio(
         native_rate, num_frames = file.samplerate, file.frames
         first, stop, skip = _native_span(start, count, native_rate, sample_rate)
         if start * native_rate >= num_frames * sample_rate:
-            raise AudioError(
-                f"{path}: offset {offset_s:g} s lies beyond the end ({num_frames / native_rate:g} s)"
-            )
+            raise AudioError(f"{path}: offset {offset_s:g} s lies beyond the end ({num_frames / native_rate:g} s)")
         stop = num_frames if stop is None else min(stop, num_frames)
         mono = _read_frames(file, path, first, stop - first)
     samples = torch.from_numpy(mono)
@@ -112,11 +108,7 @@ def write_audio(path: PathLike, samples: Tensor | np.ndarray, sample_rate: int) 
     """
     if Path(path).suffix.lower() != ".wav":
         raise AudioError(f"{path}: recordings are written as WAV, give a name that ends in .wav")
-    array = (
-        samples.detach().cpu().float().numpy()
-        if isinstance(samples, Tensor)
-        else np.asarray(samples, np.float32)
-    )
+    array = samples.detach().cpu().float().numpy() if isinstance(samples, Tensor) else np.asarray(samples, np.float32)
     if array.ndim not in (1, 2):
         raise ValueError(f"samples must be (T,) or (C, T), got shape {tuple(array.shape)}")
     try:
@@ -146,9 +138,7 @@ def _open(path: PathLike) -> Iterator[sf.SoundFile]:
     try:
         file = sf.SoundFile(path)
     except (sf.SoundFileError, OSError, TypeError) as error:
-        raise AudioError(
-            f"{path}: not a readable recording ({_reason(error)}); replace or remove it"
-        ) from error
+        raise AudioError(f"{path}: not a readable recording ({_reason(error)}); replace or remove it") from error
     with file:
         if file.frames == 0:
             raise AudioError(f"{path}: holds no samples; remove it from the data")
@@ -167,9 +157,7 @@ def _head(path: PathLike) -> tuple[bytes, int]:
             head = file.read(64)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        raise AudioError(
-            f"{path}: no such file; check the path (a manifest's are relative to its folder)"
-        ) from None
+        raise AudioError(f"{path}: no such file; check the path (a manifest's are relative to its folder)") from None
     except IsADirectoryError:
         raise AudioError(f"{path}: is a folder, a recording is needed") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -219,9 +207,7 @@ def _native_span(start: int, count: int | None, native_rate: int, rate: int) -> 
         return start, None if count is None else start + count, 0
     divisor = math.gcd(native_rate, rate)
     orig, new = native_rate // divisor, rate // divisor
-    reach = math.ceil(
-        _FILTER_WIDTH * orig / (min(orig, new) * _ROLLOFF)
-    )  # frames on each side of an output sample
+    reach = math.ceil(_FILTER_WIDTH * orig / (min(orig, new) * _ROLLOFF))  # frames on each side of an output sample
     margin = math.ceil(reach / orig) + 1  # blocks
     first_block = max(0, start // new - margin)
     skip = start - first_block * new

@@ -4,10 +4,9 @@ Decisions that are not obvious
 * The position is taken from Lightning's own counters when a checkpoint is written, in the words "epoch E, B
   batches done", and turned into a sampler that starts there. Workers, prefetching and the moment of the
   save play no part.
-* Lightning (2.6) closes the running epoch when `max_steps` or a stop ends the loop, and resumes a closed
-  epoch wrongly when `max_steps` is set: one batch too many, or the next epoch counted twice.
-  `load_state_dict` reopens it: "E is running and B of its batches are done", which Lightning resumes right
-  in all cases. It hands a data module its own state only, hence the look at the loaded checkpoint.
+* The loop counters themselves are Lightning's, and in some places it resumes them wrongly (a closed epoch
+  with `max_steps`, a validation that was due). callbacks/resume.py mends that; this position fits what it
+  does.
 * Lightning stores the state under the class's `__qualname__`: renaming a subclass loses the position of old
   checkpoints.
 """
@@ -21,7 +20,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
 from data.errors import DataError
-from data.loader import make_loader
+from data.loader import choose_loader_settings, make_loader
 from data.manifest import read_manifest, scan_speakers, split_by_speaker
 from data.sampler import EpochSampler
 
@@ -82,6 +81,7 @@ class SystemData(pl.LightningDataModule):
         unknown = sorted(set(loader or {}) - set(_LOADER_KEYS))
         if unknown:
             raise ValueError(f"loader.{unknown[0]}: no such key, there are {', '.join(_LOADER_KEYS)}")
+        choose_loader_settings(**(loader or {}))  # bad values are refused here, not when training starts
         self.speech_dir = speech_dir
         self.batch_sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
         self.seed = seed
@@ -177,14 +177,6 @@ class SystemData(pl.LightningDataModule):
             )
         # Lightning cannot know that the data module does it.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
-        assert self.trainer is not None
-        checkpoint = self.trainer._checkpoint_connector._loaded_checkpoint
-        if "loops" in checkpoint:
-            reopen_epoch(
-                checkpoint["loops"],
-                accumulate=self.trainer.accumulate_grad_batches,
-                by_steps=self.trainer.max_steps != -1,
-            )
 
     def teardown(self, stage: str | None = None) -> None:
         if stage == "fit":
@@ -216,34 +208,3 @@ class SystemData(pl.LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         """This process and the number of processes; without a Trainer there is one."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-
-def reopen_epoch(loops: dict[str, Any], *, accumulate: int, by_steps: bool) -> None:
-    """Turn "epoch E is closed" into "E is running and its batches so far are done", in a checkpoint's
-    `loops`.
-
-    Lightning continues that at the next batch, which is the first of epoch E + 1 where E was complete. Left
-    alone is a state that Lightning resumes right: an epoch that is running, or, unless the run is limited
-    by steps, a complete one.
-
-    Args:
-        loops: the entry of that name in a Lightning checkpoint; changed in place.
-        accumulate: batches per optimiser step.
-        by_steps: the resumed run has `max_steps`.
-    """
-    fit = loops["fit_loop"]
-    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
-    now, done = epochs["current"], batches["current"]["processed"]
-    announced = now["started"] < now["ready"]
-    closed = now["processed"] == now["ready"]
-    complete = batches["is_last_batch"]
-    if done == 0 or not (announced or closed) or (closed and complete and not by_steps):
-        return
-    for counts in (epochs["total"], epochs["current"]):
-        counts["ready"] -= announced
-        counts["started"] = counts["ready"]
-        counts["processed"] = counts["completed"] = counts["ready"] - 1
-    for counts in (batches["total"], batches["current"]):
-        counts["completed"] = counts["processed"] - 1
-    if complete or batches["current"]["ready"] % accumulate == 0:
-        fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts this step on resume

@@ -1,6 +1,6 @@
 """The demo corpus: synthetic talkers, noises, room responses and manifests, made offline in under a minute.
 
-    <output>/speech/<voice>/<nn>.flac   16 kHz mono, 4 to 6 s each   train.jsonl        val.jsonl   test.jsonl
+    <output>/speech/<voice>/<nn>.flac   16 kHz mono, about 5 s each  train.jsonl        val.jsonl   test.jsonl
     <output>/noise/<kind>_<nn>.flac     10 s each                    noise_train.jsonl  ...
     <output>/rir/room_<nn>_<kind>.flac  loudspeaker and talker       rir_train.jsonl    ...
     <output>/mixtures/test_<nn>.wav     8 kHz, two test talkers, to listen to; mixture_sources/ holds what was mixed
@@ -143,19 +143,18 @@ def _make_speech(folder: Path, voices: list[Voice], size: DemoSize, *, seed: int
     by_voice: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
 
-    def work(part: list[Voice]) -> None:
+    def work(voice: Voice) -> None:
         with Synthesiser() as synthesiser:
-            for voice in part:
-                clips = utterances(synthesiser, voice, seed=seed, count=num_utterances[voice.split])
-                try:
-                    by_voice[voice.name] = [_write_clip(folder, voice, i, *clip) for i, clip in enumerate(clips)]
-                except VoiceError as error:
-                    failed[voice.name] = str(error)
-                num_done = len(by_voice) + len(failed)
-                if num_done % 20 == 0:
-                    print(f"  speech: {num_done} of {len(voices)} voices", flush=True)
+            clips = utterances(synthesiser, voice, seed=seed, count=num_utterances[voice.split])
+            try:
+                by_voice[voice.name] = [_write_clip(folder, voice, index, *clip) for index, clip in enumerate(clips)]
+            except VoiceError as error:
+                failed[voice.name] = str(error)
 
-    _in_threads(work, [voices[start::jobs] for start in range(min(jobs, len(voices)))], jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for num_done, _ in enumerate(pool.map(work, voices), start=1):
+            if num_done % 20 == 0:
+                print(f"  speech: {num_done} of {len(voices)} voices", flush=True)
     if failed:
         print(f"  left out {len(failed)} voices: {'; '.join(sorted(failed.values()))}")
     if len(failed) > MAX_FAILED_VOICES * len(voices):

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from scipy.signal import fftconvolve, firwin2, resample_poly
+from scipy.signal import firwin2, oaconvolve, resample_poly
 
 from data.demo_text import sentences
 from data.demo_voices import Voice
@@ -29,6 +29,7 @@ class VoiceError(ValueError):
 class Synthesiser:
     """The synthesis program (data/espeak.py) as a child process; use it in a `with` statement.
 
+    What it says depends on what it said before, so each talker gets a process of its own.
     Raises DataError when the program does not start (its own message tells why) or dies.
     """
 
@@ -90,7 +91,7 @@ class Synthesiser:
 
 
 def utterances(synthesiser: Synthesiser, voice: Voice, *, seed: int, count: int) -> Iterator[tuple[str, np.ndarray]]:
-    """`count` pairs of text and samples at 16 kHz, 4 to 6 s long.
+    """`count` pairs of text and samples at 16 kHz, about 4 to 6 s long.
 
     How many characters fill the time depends on language and pace; it is learnt from what has been spoken so far.
     Raises VoiceError if the voice gives no sound.
@@ -115,7 +116,7 @@ def utterances(synthesiser: Synthesiser, voice: Voice, *, seed: int, count: int)
             if 4.0 <= duration_s <= 6.0:
                 break
         samples = add_breath(samples, rng, level_db=voice.breath_db)
-        yield text, level(fftconvolve(samples, colour(voice.colour_seed), mode="same"), rng)
+        yield text, level(oaconvolve(samples, colour(voice.colour_seed), mode="same"), rng)
 
 
 def change_tract(samples: np.ndarray, sample_rate: int, tract: float) -> np.ndarray:
@@ -143,7 +144,7 @@ def trim(samples: np.ndarray, *, margin_s: float = 0.05, floor_db: float = -40.0
 def add_breath(samples: np.ndarray, rng: np.random.Generator, *, level_db: float) -> np.ndarray:
     """Add noise that follows the loudness, `level_db` relative to the speech: vowels of the synthesiser have none."""
     window = np.hanning(SAMPLE_RATE // 50)
-    envelope = fftconvolve(np.abs(samples), window / window.sum(), mode="same")
+    envelope = oaconvolve(np.abs(samples), window / window.sum(), mode="same")
     breath = envelope * np.diff(rng.standard_normal(len(samples) + 1))  # the difference gives it the hiss of breath
     return samples + breath * 10 ** (level_db / 20) * samples.std() / (breath.std() + 1e-12)
 

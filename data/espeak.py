@@ -8,7 +8,8 @@ It uses nothing else outside the standard library, so that it starts in a few mi
 
 Protocol: the first line out is `{"sample_rate": 22050}`. Every request line is then answered by a line
 `{"num_samples": n}` and n little-endian int16 samples, or by a line `{"error": "why"}`. End of input ends the
-program.
+program. The library carries random and filter state from one text to the next: the same requests in the same order
+give the same samples, another order does not.
 """
 
 import ctypes
@@ -68,32 +69,15 @@ def load() -> tuple[int, Synthesise]:
 
 
 def serve(requests: IO[str], answers: IO[bytes], sample_rate: int, synthesise: Synthesise) -> None:
-    """Answer request lines until the input ends.
-
-    Each is answered by a fork of this process: the library carries random and filter state from one text to the
-    next, and a fork starts from the same state whatever was said before.
-    """
+    """Answer request lines until the input ends."""
     _send(answers, {"sample_rate": sample_rate})
     for line in requests:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                _answer(line, answers, synthesise)
-                status = 0
-            finally:
-                os._exit(status)  # no clean-up, and never back into the loop: the input belongs to the parent
-        if os.waitpid(child, 0)[1] != 0:
-            _send(answers, {"error": "the library crashed"})
-
-
-def _answer(line: str, answers: IO[bytes], synthesise: Synthesise) -> None:
-    try:
-        samples = synthesise(json.loads(line))
-    except (ValueError, KeyError) as error:
-        _send(answers, {"error": f"{type(error).__name__}: {error}"})
-    else:
-        _send(answers, {"num_samples": len(samples) // 2}, samples)
+        try:
+            samples = synthesise(json.loads(line))
+        except (ValueError, KeyError) as error:
+            _send(answers, {"error": f"{type(error).__name__}: {error}"})
+        else:
+            _send(answers, {"num_samples": len(samples) // 2}, samples)
 
 
 def _send(answers: IO[bytes], line: dict, samples: bytes = b"") -> None:

@@ -27,9 +27,7 @@ _MAX_BAD_FRACTION = 0.01
 _MIN_SPEAKERS = 2  # per split: a mixture needs two talkers
 
 
-def read_manifest(
-    path: PathLike, *, required: Sequence[str] = ("audio_filepath", "duration")
-) -> list[dict[str, Any]]:
+def read_manifest(path: PathLike, *, required: Sequence[str] = ("audio_filepath", "duration")) -> list[dict[str, Any]]:
     """Read and check a manifest.
 
     Args:
@@ -111,9 +109,7 @@ def scan_speakers(folder: PathLike) -> list[dict[str, Any]]:
             }
         )
     if len(bad) > max(_MAX_BAD_FILES, _MAX_BAD_FRACTION * len(paths)) or (bad and not rows):
-        raise DataError(
-            f"{folder}: {len(bad)} of {len(paths)} recordings cannot be read, the first: {bad[0]}"
-        )
+        raise DataError(f"{folder}: {len(bad)} of {len(paths)} recordings cannot be read, the first: {bad[0]}")
     for message in bad:
         log.warning("left out: %s", message)
     if not rows:
@@ -134,21 +130,14 @@ def split_by_speaker(
         DataError: a row without speaker, or too few speakers (six for three splits).
     """
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave a part to train on"
-        )
+        raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave a part to train on")
     rows = [dict(row) for row in rows]
     nameless = next((row for row in rows if not row.get("speaker")), None)
     if nameless is not None:
-        raise DataError(
-            f"{nameless.get('audio_filepath')}: no speaker given, a split by speaker needs one per row"
-        )
+        raise DataError(f"{nameless.get('audio_filepath')}: no speaker given, a split by speaker needs one per row")
     speakers = sorted({row["speaker"] for row in rows})
     wanted = {"val": val_fraction, "test": test_fraction}
-    sizes = {
-        name: max(_MIN_SPEAKERS, round(part * len(speakers))) if part > 0 else 0
-        for name, part in wanted.items()
-    }
+    sizes = {name: max(_MIN_SPEAKERS, round(part * len(speakers))) if part > 0 else 0 for name, part in wanted.items()}
     needed = _MIN_SPEAKERS * (1 + sum(size > 0 for size in sizes.values()))
     if len(speakers) < needed:
         raise DataError(

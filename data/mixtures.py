@@ -95,9 +95,7 @@ class MixtureDataset(Dataset):
         rows_of: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             if not row.get("speaker"):
-                raise DataError(
-                    f"{row['audio_filepath']}: its manifest row has no speaker, which mixing needs"
-                )
+                raise DataError(f"{row['audio_filepath']}: its manifest row has no speaker, which mixing needs")
             rows_of.setdefault(row["speaker"], []).append(number)
         if len(rows_of) < num_sources:
             raise DataError(
@@ -229,8 +227,7 @@ class SeparationData(SystemData):
             raise ValueError(f"num_sources must be 2 or more, got {num_sources}")
         if sample_rate <= 0 or segment_s <= 0 or eval_segment_s <= 0:
             raise ValueError(
-                f"sample_rate {sample_rate}, segment_s {segment_s}, eval_segment_s {eval_segment_s}:"
-                " must be positive"
+                f"sample_rate {sample_rate}, segment_s {segment_s}, eval_segment_s {eval_segment_s}: must be positive"
             )
         if len(snr_db) != 2 or snr_db[0] > snr_db[1]:
             raise ValueError(f"snr_db must be [low, high], got {list(snr_db)}")

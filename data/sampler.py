@@ -84,9 +84,7 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[ItemKey]:
         epoch = self.epoch if self.fixed_epoch is None else self.fixed_epoch
         size = len(self.dataset)  # type: ignore[arg-type]
-        order = (
-            np.random.default_rng([self.seed, epoch]).permutation(size) if self.shuffle else np.arange(size)
-        )
+        order = np.random.default_rng([self.seed, epoch]).permutation(size) if self.shuffle else np.arange(size)
         own = order[self.rank :: self.num_replicas][: len(self)]
         if len(own) < len(self):
             own = np.append(own, order[0])

@@ -41,13 +41,17 @@ class Run:
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
         self.config = config = plain(cfg, typed_keys(self.overrides))
+        self.resume = self._find_resume()
+        if config["monitor"]["metric"] == "train_loss":
+            log.info("data.val_manifest is not set: no validation, train_loss decides what is best")
+        # Optimiser values that a resumed run takes from here and not from its checkpoint.
+        self._forced = checkpoint.take_over(self.resume, config) if self.resume else {}
         self.trainer_section = resolve_hardware(config["trainer"])
         packages = config["packages"]
         self._system = Blueprint("model", config["model"], System, packages)
         self._data = Blueprint("data", config["data"], SystemData, packages)
         self._callbacks = _blueprints("callbacks", config["callbacks"], pl.Callback, packages)
         self._loggers = _blueprints("logger", config["logger"], Logger, packages)
-        self._forced: dict[str, Any] = {}  # optimiser values that a resume does not take from the checkpoint
 
         parts = [self._system, self._data, *self._callbacks.values(), *self._loggers.values()]
         problems = [line for part in parts for line in part.problems]
@@ -58,19 +62,8 @@ class Run:
         for line in near_misses(added, cfg):
             log.warning(line)
 
-    def data(self) -> SystemData:
-        return self._data.build()
-
-    def system(self) -> System:
-        """The system, with weights from `init_from` if that is given."""
-        system = self._system.build()
-        if path := self.config["init_from"]:
-            checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
-        return system
-
-    def resume_path(self, system: System) -> Path | None:
-        """The checkpoint whose full state this run continues from, announced with what it does not take over."""
-        path = None
+    def _find_resume(self) -> Path | None:
+        """The checkpoint whose full state this run continues from; the run's first line says which."""
         if self.config["ckpt_path"]:
             path = checkpoint.locate(self.config["ckpt_path"])
             log.info("continuing from %s in %s", path, self.directory)
@@ -78,10 +71,21 @@ class Run:
             path = checkpoint.newest_readable(self.directory)
             log.info("resuming %s" if path else "nothing to resume, a new run: %s", path or self.directory)
         else:
+            path = None
             log.info("run directory: %s", self.directory)
-        if path is not None:
-            self._forced = checkpoint.report_changes(path, system, self.config, self.config["resume_override"])
         return path
+
+    def data(self) -> SystemData:
+        return self._data.build()
+
+    def system(self) -> System:
+        """The system, with weights from `init_from` if that is given."""
+        system = self._system.build()
+        if self.resume:
+            checkpoint.check_shapes(self.resume, system, self.config)
+        if path := self.config["init_from"]:
+            checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
+        return system
 
     def trainer(self, system: System) -> pl.Trainer:
         callbacks = {name: blueprint.build() for name, blueprint in self._callbacks.items()}
@@ -111,19 +115,17 @@ class Run:
         """Fix everything random in this process; ranks get the same weights."""
         pl.seed_everything(self.config["seed"], workers=True, verbose=False)
 
-    def fit(self, trainer: pl.Trainer, system: System, data: SystemData, resume: Path | None) -> None:
+    def fit(self, trainer: pl.Trainer, system: System, data: SystemData) -> None:
         """Train. Ends the process with 128 + signal when a signal stopped it after saving."""
+        begun_at = read_checkpoint(self.resume)["global_step"] if self.resume else -1
         try:
-            trainer.fit(system, datamodule=data, ckpt_path=resume)
+            trainer.fit(system, datamodule=data, ckpt_path=self.resume)
         except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
             raise SystemExit(128 + (_signal(trainer) or signal.SIGINT)) from stop
         if number := _signal(trainer):
             raise SystemExit(128 + number)
-        if resume is not None and trainer.global_step == self._resumed_step(resume):
-            log.info(
-                "nothing left to train: already at trainer.max_steps or max_epochs (step %d)",
-                trainer.global_step,
-            )
+        if trainer.global_step == begun_at:
+            log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", begun_at)
 
     def test(self, trainer: pl.Trainer, system: System, data: SystemData) -> dict[str, float] | None:
         """Score the best checkpoint on data that training never saw; None where there is none."""
@@ -137,10 +139,6 @@ class Run:
         """The monitored metric as last logged."""
         value = trainer.callback_metrics.get(self.config["monitor"]["metric"])
         return None if value is None else float(value)
-
-    @staticmethod
-    def _resumed_step(path: Path) -> int:
-        return int(read_checkpoint(path)["global_step"])
 
 
 def _signal(trainer: pl.Trainer) -> int:
@@ -161,7 +159,6 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
     if "val_manifest" in data and data.val_manifest is None and not data.get("speech_dir"):
-        log.info("data.val_manifest is not set: no validation, train_loss decides what is best")
         cfg.monitor = {"metric": "train_loss", "mode": "min"}
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)

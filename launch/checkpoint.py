@@ -114,44 +114,52 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
             log.info("  %s: %s%s", kind, ", ".join(names[:10]), more)
 
 
-def report_changes(path: Path, system: System, config: dict[str, Any], forced: list[str]) -> dict[str, Any]:
-    """Say in what a resumed run's configuration differs from the checkpoint's, and what of it has no effect.
+def take_over(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Bring a resumed run's configuration in line with what its checkpoint decides, and say what has changed.
 
-    The optimiser's values are part of the state that a resume restores, so new ones take effect only when *forced*
-    names them (`resume_override=[optim.lr]`).
+    The optimiser and its schedule are part of the state that a resume restores, so `config["model"]["optim"]` becomes
+    the checkpoint's; only values that `resume_override` names stay as typed. Returns those, name -> value.
 
-    Returns the forced optimiser values, name -> value. Raises ConfigError for a network of another shape and for
-    forced names that cannot be forced.
+    Raises ConfigError for a name that cannot be forced.
     """
-    content = read_checkpoint(path)
-    old, new = _flat(content.get("config") or {}), _flat(config)
-    changed = {key for key in old.keys() & new.keys() if old[key] != new[key]}
-    own = system.state_dict()
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in content["state_dict"].items()}:
-        keys = sorted(key for key in changed if key.startswith("model.") and not key.startswith("model.optim."))
-        named = ", ".join(f"{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
-        raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")
-    values = {}
-    for name in forced:
+    saved = read_checkpoint(path).get("config") or {}
+    old, new = _flat(saved), _flat(config)
+    forced = {}
+    for name in config["resume_override"]:
         key = "model." + name.removeprefix("model.")
         if not key.startswith("model.optim.") or key.startswith("model.optim.sched.") or key not in new:
             raise ConfigError(f"resume_override={name}: only values of the optimiser can be forced, such as optim.lr")
-        values[key.removeprefix("model.optim.")] = new[key]
-    for key in sorted(changed):
-        if key.startswith(
-            ("hydra.", "trainer.default_root_dir", "callbacks.checkpoint.dirpath", "logger.", "ckpt_path")
-        ):
-            continue
-        if key.startswith("model.optim.") and key.removeprefix("model.optim.") not in values:
-            hint = (
-                ""
-                if key.startswith("model.optim.sched.")
-                else f"; resume_override=[{key.removeprefix('model.')}] forces it"
-            )
-            log.warning("%s=%s is NOT taking effect: the checkpoint's %s goes on%s", key, new[key], old[key], hint)
-        else:
-            log.info("changed since the checkpoint: %s=%s (was %s)", key, new[key], old[key])
-    return values
+        forced[key.removeprefix("model.optim.")] = new[key]
+    for key in sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
+        _report_change(key, old[key], new[key], forced, str(config["trainer"]["default_root_dir"]))
+    if optim := saved.get("model", {}).get("optim"):
+        config["model"]["optim"] = {**optim, **forced}
+    return forced
+
+
+def _report_change(key: str, old: Any, new: Any, forced: dict[str, Any], directory: str) -> None:
+    if not key.startswith(("model.", "data.", "trainer.", "callbacks.", "monitor.", "seed")):
+        return
+    if str(new).startswith(directory):
+        return  # the run directory itself
+    name = key.removeprefix("model.optim.")
+    if name == key or name in forced:
+        log.info("changed since the checkpoint: %s=%s (was %s)", key, new, old)
+    else:
+        hint = "" if name.startswith("sched.") else f"; resume_override=[optim.{name}] forces it"
+        log.warning("%s=%s is NOT taking effect: the checkpoint's %s goes on%s", key, new, old, hint)
+
+
+def check_shapes(path: Path, system: System, config: dict[str, Any]) -> None:
+    """Raises ConfigError when a checkpoint's weights are not those of this system, naming the keys that differ."""
+    content = read_checkpoint(path)
+    own = {name: tensor.shape for name, tensor in system.state_dict().items()}
+    if own == {name: tensor.shape for name, tensor in content["state_dict"].items()}:
+        return
+    old, new = _flat((content.get("config") or {}).get("model", {})), _flat(config["model"])
+    keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+    named = ", ".join(f"model.{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
+    raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -46,7 +46,7 @@ def prepare(argv: list[str], script: str) -> list[str]:
         flags, overrides = _own_sections_for_foreign(flags, overrides, typed)
         overrides = _infer_system(typed, overrides)
     else:
-        _store_run_configuration(overrides, script)
+        overrides = _with_run_configuration(overrides, script)
     return [*flags, *overrides]
 
 
@@ -132,20 +132,21 @@ def _experiments() -> str:
 # The checkpoint's configuration as base
 
 
-def _store_run_configuration(overrides: list[str], script: str) -> None:
-    ConfigStore.instance().repo.pop(f"{RUN_CONFIGURATION}.yaml", None)
+def _with_run_configuration(overrides: list[str], script: str) -> list[str]:
+    """Put the configuration that the checkpoint holds where Hydra finds it; `ckpt_path` then names the very file."""
     path = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("ckpt_path=")), None)
-    if not path or path == "???":
-        return
-    from launch.checkpoint import (
-        locate,
-        run_configuration,
-    )  # imports torch, which only a named checkpoint needs
+    node: dict[str, Any] = {}
+    if path and path != "???":
+        from launch.checkpoint import locate, run_configuration  # imports torch, which only a named checkpoint needs
 
-    packages = [o for o in overrides if o.startswith("packages=")]
-    typed = OverridesParser.create().parse_overrides(packages[-1:])
-    node = run_configuration(locate(path), script, list(typed[0].value()) if typed else [])  # type: ignore[arg-type]
+        packages = [o for o in overrides if o.startswith("packages=")]
+        typed = OverridesParser.create().parse_overrides(packages[-1:])
+        file = locate(path)
+        node = run_configuration(file, script, list(typed[0].value()) if typed else [])  # type: ignore[arg-type]
+        quoted = str(file).replace("'", "\\'")
+        overrides = [f"ckpt_path='{quoted}'" if o.startswith("ckpt_path=") else o for o in overrides]
     ConfigStore.instance().store(name=RUN_CONFIGURATION, node=node, package="_global_")
+    return overrides
 
 
 # What to say when Hydra refuses

@@ -12,6 +12,9 @@ from launch.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
 def resolve_hardware(trainer: dict[str, Any]) -> dict[str, Any]:
     """The trainer section with `accelerator` and `devices` as this machine has them.
 
@@ -20,6 +23,8 @@ def resolve_hardware(trainer: dict[str, Any]) -> dict[str, Any]:
     """
     resolved = dict(trainer)
     wanted, devices = str(trainer["accelerator"]), trainer["devices"]
+    if wanted not in _ACCELERATORS:
+        raise ConfigError(f"trainer.accelerator={wanted}: choose from {', '.join(_ACCELERATORS)}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted in ("gpu", "cuda") and not gpus:
         if wanted == "gpu" and torch.backends.mps.is_available():
@@ -43,6 +48,21 @@ def resolve_hardware(trainer: dict[str, Any]) -> dict[str, Any]:
         log.info("trainer.sync_batchnorm is dropped: it needs GPUs")
         resolved["sync_batchnorm"] = False
     return resolved
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that `device=` names: auto (the GPU when there is one), cpu, cuda, cuda:1 …
+
+    Raises ConfigError for one that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"device={name}: no such device here; use auto, cpu, cuda") from None
+    return device
 
 
 def num_processes(trainer: dict[str, Any]) -> int:
@@ -73,18 +93,33 @@ def quieten() -> None:
     for message in _KNOWN_NOISE:
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):
-        for suffix in ("", ".utilities.rank_zero", ".accelerators.cuda"):
-            logging.getLogger(name + suffix).addFilter(_worth_reading)
+        # Imported before logging was set up, Lightning prints through a handler of its own.
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_worth_reading)
+    for name in ("onnxscript", "onnx_ir"):  # the exporter tells every step it takes
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+# Lightning repeats what our own lines say, or advertises.
+_NOISY_LINES = (
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡",
+    "LOCAL_RANK: ",
+    "`Trainer.fit` stopped",
+    "`weights_only` was not set",
+    "Restoring states from",
+    "Restored all states",
+    "Loaded model weights",
+)
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
-    noise = (
-        "GPU available",
-        "TPU available",
-        "HPU available",
-        "💡",
-        "Tip:",
-        "LOCAL_RANK: ",
-        "`Trainer.fit` stopped",
-    )
-    return not any(word in record.getMessage() for word in noise)
+    return not (record.name.startswith(("pytorch_lightning", "lightning")) and _is_noise(record.getMessage()))
+
+
+def _is_noise(message: str) -> bool:
+    return any(words in message for words in _NOISY_LINES)

@@ -39,30 +39,35 @@ def exit_code(task: Callable[[], Any], script: str, argv: list[str]) -> int:
             task()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(explain(error, argv, script))
     except Exception as error:
-        if is_users_mistake(error):
-            return _refuse(one_line(error))
-        return _fail(error)
+        return _answer(error)
     return 0
 
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Errors reach us as they are, instead of Hydra's report; the run's stamp ends with the run."""
+    """What Hydra is told for one run, and taken back after it; the run's stamp ends with it too."""
     before = dict(os.environ)
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, instead of Hydra's own report
+    os.environ["HYDRA_MAIN_MODULE"] = "__main__"  # config/ lies beside the script, also when that was imported
     try:
         yield
     finally:
-        for name in ("HYDRA_FULL_ERROR", "RUN_STAMP"):
+        for name in ("HYDRA_FULL_ERROR", "HYDRA_MAIN_MODULE", "RUN_STAMP"):
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
+
+
+def _answer(error: Exception) -> int:
+    return _refuse(one_line(error)) if is_users_mistake(error) else _fail(error)
 
 
 def _refuse(message: str) -> int:
@@ -96,6 +101,8 @@ def one_job() -> Iterator[None]:
                 yield
         else:
             yield
+    except Exception as error:
+        raise SystemExit(_answer(error)) from error  # here, since Hydra would print its own report on top
     finally:
         discard_if_unused(Path(hydra.runtime.output_dir))  # a dry run, or a mistake found before the first step
 

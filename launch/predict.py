@@ -17,7 +17,7 @@ from data.manifest import read_manifest
 from launch import checkpoint
 from launch.build import plain
 from launch.errors import ConfigError
-from launch.hardware import quieten
+from launch.hardware import quieten, torch_device
 from models.base import System
 from models.checkpoint import build_system, read_checkpoint
 
@@ -36,8 +36,7 @@ def run(cfg: DictConfig) -> None:
     config = plain(cfg)
     path = checkpoint.locate(config["ckpt_path"])
     system = build_system(read_checkpoint(path), path, config["packages"])
-    device = config["device"]
-    system.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    system.to(torch_device(str(config["device"])))
     own = {"ckpt_path", "input", "output", "device", "packages", *system.inputs}
     options = {name: value for name, value in config.items() if name not in own}
     jobs = pair_files(system, config)

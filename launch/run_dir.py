@@ -48,10 +48,7 @@ def sweep_dir(exp_manager: Any) -> str:
 def find_run(exp_manager: Any) -> Path | None:
     """`version` if given, else the newest directory of this name (itself included) that holds a checkpoint."""
     base = _base(exp_manager)
-    if exp_manager.version:
-        candidates = [base / str(exp_manager.version)]
-    else:
-        candidates = [base, *sorted(base.glob("*"))]
+    candidates = [base / str(exp_manager.version)] if exp_manager.version else [base, *sorted(base.glob("*"))]
     holding = [folder for folder in candidates if any(folder.glob("checkpoints/*.ckpt"))]
     return max(holding, key=_last_saved, default=None)
 
@@ -66,11 +63,15 @@ def discard_if_unused(folder: Path) -> None:
     """Remove a run directory that holds nothing but Hydra's own record: a run that never began."""
     if rank() != 0 or not (folder / ".hydra").is_dir():
         return
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
     if all(item.name == ".hydra" or item.suffix == ".log" for item in folder.iterdir()):
+        for handler in logging.getLogger().handlers[:]:
+            if isinstance(handler, logging.FileHandler):  # would make the file anew with its next line
+                logging.getLogger().removeHandler(handler)
+                handler.close()
         shutil.rmtree(folder)
+        if [item.name for item in folder.parent.iterdir()] == ["multirun.yaml"]:
+            shutil.rmtree(folder.parent)  # a sweep's directory, made anew by its next job
+            folder = folder.parent
         for parent in (folder.parent, folder.parent.parent):  # <name> and runs, when this made them
             if not any(parent.iterdir()):
                 parent.rmdir()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from models.optim import build_optimizer, build_schedule
+from models.optim import build_optimizer, build_schedule, check_optim
 
 
 class System(pl.LightningModule, ABC):
@@ -36,6 +36,7 @@ class System(pl.LightningModule, ABC):
         super().__init__()
         self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames
         self.optim = dict(optim or {})
+        check_optim(self.optim)
         self.structure: list[dict[str, Any]] = []  # changes to the module tree since construction, in order
         self._metrics: dict[str, Metric] = {}
 

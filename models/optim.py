@@ -18,8 +18,20 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 log = logging.getLogger(__name__)
 
+SCHEDULES = (None, "none", "halving", "plateau", "cosine")
 # Keys that belong to some optimisers only: without effect, not wrong, when another one is chosen.
 _FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
+
+
+def check_optim(optim: dict[str, Any]) -> None:
+    """Raises ValueError for what `build_optimizer` or `build_schedule` would refuse, before there are parameters."""
+    _factory_and_options(optim)
+    sched = optim.get("sched") or {}
+    known = set(inspect.signature(build_schedule).parameters) - {"optimizer", "total_steps"}
+    if wrong := sorted(set(sched) - known):
+        raise ValueError(f"model.optim.sched has no {', '.join(wrong)}; it has {', '.join(sorted(known))}")
+    if sched.get("name") not in SCHEDULES:
+        raise ValueError(_no_such_schedule(sched.get("name")))
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -> Optimizer:
@@ -29,6 +41,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -
 
     Raises ValueError for an unknown name and for keys that no optimiser of that name takes, all at once.
     """
+    factory, options = _factory_and_options(optim)
+    return factory(parameters, **options)
+
+
+def _factory_and_options(optim: dict[str, Any]) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
     factory = _optimizer_class(str(optim.get("name") or "adam"))
     options = {key: value for key, value in optim.items() if key not in ("name", "sched") and value is not None}
     known = set(inspect.signature(factory).parameters) - {"params"}
@@ -38,8 +55,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -
             f"model.optim: {factory.__name__} has no {', '.join(wrong)}; it has {', '.join(sorted(known))}"
         )
     if unknown:
-        log.warning("model.optim: %s has no %s: without effect", factory.__name__, ", ".join(sorted(unknown)))
-    return factory(parameters, **{key: value for key, value in options.items() if key in known})
+        log.debug("model.optim: %s has no %s: without effect", factory.__name__, ", ".join(sorted(unknown)))
+    return factory, {key: value for key, value in options.items() if key in known}
 
 
 def _optimizer_class(name: str) -> Callable[..., Optimizer]:
@@ -99,4 +116,8 @@ def build_schedule(
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
         return {"scheduler": LambdaLR(optimizer, relative_rate), "interval": "step"}
-    raise ValueError(f"model.optim.sched.name={name}: no such schedule; choose from none, halving, cosine")
+    raise ValueError(_no_such_schedule(name))
+
+
+def _no_such_schedule(name: str | None) -> str:
+    return f"model.optim.sched.name={name}: no such schedule; choose from none, halving, cosine"

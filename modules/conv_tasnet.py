@@ -102,9 +102,8 @@ class ConvTasNet(nn.Module):
     def forward(self, mixture: Tensor) -> Tensor:
         if mixture.ndim != 2 or mixture.shape[-1] < 1:
             raise ValueError(f"mixture must have shape (batch, samples >= 1), got {tuple(mixture.shape)}")
-        num_samples = mixture.shape[-1]
         # An odd kernel is centred on a sample, an even one between two: hence the parity.
-        missing = -(num_samples - self.kernel_size % 2) % self.stride
+        missing = -(mixture.shape[-1] - self.kernel_size % 2) % self.stride
         padded = F.pad(mixture, (0, missing)).unsqueeze(1)  # (B, 1, T')
         with _without_autocast(mixture.device.type):
             features = self.encoder(padded)  # (B, N, K)
@@ -113,7 +112,8 @@ class ConvTasNet(nn.Module):
             masked = (masks * features.unsqueeze(1)).flatten(0, 1)  # (B * C, N, K)
             sources = self.decoder(masked)  # (B * C, 1, T')
         sources = sources.unflatten(0, (-1, self.num_sources)).squeeze(2)  # (B, C, T')
-        return sources[..., :num_samples]
+        # A slice to num_samples does the same, but freezes in an exported graph whether there was padding.
+        return F.pad(sources, (0, -missing))
 
 
 class Separator(nn.Module):

@@ -20,11 +20,7 @@ from launch import job
 
 RATE = 8000
 # A network of a few hundred weights: what is tested is the framework around it.
-TINY = (
-    "model.num_filters=16 model.bottleneck_channels=8 model.hidden_channels=16 model.skip_channels=8"
-    " model.num_blocks=2 model.num_repeats=1 data.segment_s=0.25 data.eval_segment_s=0.5 data.train_mixtures=64"
-    " data.val_mixtures=4 data.test_mixtures=4 data.loader.num_workers=0 trainer.accelerator=cpu"
-).split()
+TINY = ["model.num_filters=16", "model.bottleneck_channels=8", "model.hidden_channels=16", "model.skip_channels=8", "model.num_blocks=2", "model.num_repeats=1", "data.segment_s=0.25", "data.eval_segment_s=0.5", "data.train_mixtures=64", "data.val_mixtures=4", "data.test_mixtures=4", "data.loader.num_workers=0", "trainer.accelerator=cpu"]
 
 
 @dataclass

@@ -75,6 +75,7 @@ def test_command(command: Command, script: Callable, corpus: Path, trained: Path
     if command.issue:
         pytest.skip(f"pending, issue {command.issue}: {command.text[:60]}")
     assert command.expected, "a command without an expected line proves little"
+    (in_tmp / "demo_data").symlink_to(corpus)
     python, name, *arguments = command.argv(corpus=corpus, run=trained, tmp=in_tmp)
     assert python == "python"
     if name == "train.py" and not command.run and not any(a.startswith("-") and a != "-m" for a in arguments):

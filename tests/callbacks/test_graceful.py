@@ -39,53 +39,59 @@ def step_of(root: Path) -> int:
     return torch.load(last(root), weights_only=True)["global_step"]
 
 
+LIMITS = {"epochs": dict(max_epochs=2), "steps": dict(max_epochs=-1, max_steps=6)}
+WHOLE: dict[str, Any] = {}  # a run that is not stopped, per limit
+
+
 @pytest.mark.parametrize(
-    ("hook", "call", "saved_at"),
+    ("limit", "hook", "call", "saved_at"),
     [
-        ("setup", 1, 0),  # before the first step
-        ("on_fit_start", 1, 0),
-        ("on_train_batch_start", 2, 2),  # within an epoch
-        ("on_train_batch_start", 3, 3),  # in the last step of an epoch: its validation is still to come
-        ("on_train_batch_end", 1, 1),
-        ("on_validation_start", 1, 3),
-        ("on_validation_batch_start", 1, 3),
-        ("on_validation_batch_start", 2, 3),
-        ("on_validation_epoch_end", 1, 3),  # the validation ends, the next epoch does not begin
-        ("on_validation_end", 1, 3),
-        ("on_train_epoch_end", 1, 3),
+        ("epochs", "setup", 1, 0),  # before the first step
+        ("steps", "on_fit_start", 1, 0),
+        ("epochs", "on_train_batch_start", 2, 2),  # within an epoch
+        ("steps", "on_train_batch_end", 1, 1),
+        ("epochs", "on_train_batch_start", 3, 3),  # in the last step of an epoch: its validation is still to come
+        ("steps", "on_train_batch_end", 3, 3),
+        ("epochs", "on_validation_start", 1, 3),
+        ("epochs", "on_validation_batch_start", 1, 3),
+        ("steps", "on_validation_batch_start", 2, 3),
+        ("steps", "on_validation_epoch_end", 1, 3),  # the validation ends, the next epoch does not begin
+        ("epochs", "on_validation_end", 1, 3),
+        ("steps", "on_train_epoch_end", 1, 3),
+        ("epochs", "on_train_epoch_end", 1, 3),
     ],
 )
-@pytest.mark.parametrize("limit", [dict(max_epochs=3), dict(max_epochs=-1, max_steps=9)], ids=["epochs", "steps"])
 def test_stopped_and_resumed_equals_one_run(
-    tmp_path: Path, tiny: Any, hook: str, call: int, saved_at: int, limit: dict, capsys: pytest.CaptureFixture
+    tmp_path: Path, tiny: Any, limit: str, hook: str, call: int, saved_at: int, capsys: pytest.CaptureFixture
 ) -> None:
-    def run(folder: Path, *more: pl.Callback, checkpoint: Path | None = None) -> tuple[Any, list[pl.Callback]]:
+    def run(folder: Path, *more: pl.Callback, checkpoint: Path | None = None) -> Any:
         torch.manual_seed(0 if checkpoint is None else 1)
-        graceful = GracefulStop()
         best = ModelCheckpoint(
             dirpath=folder / "checkpoints", monitor="val_loss", filename="best-{step}", enable_version_counter=False
         )
-        watching = [graceful, RngState(), LastCheckpoint(every_n_steps=1), ExactResume(), best, *more]
         stop_early = EarlyStopping(monitor="val_loss", patience=50)  # strict: fails when there is no val_loss
-        trainer = tiny.make_trainer(folder, [*watching, stop_early], **limit)
+        graceful = GracefulStop()
+        callbacks = [graceful, RngState(), LastCheckpoint(every_n_steps=1), ExactResume(), best, stop_early, *more]
+        trainer = tiny.make_trainer(folder, callbacks, **LIMITS[limit])
         module = tiny.Tiny(plateau=True)
         trainer.fit(module, datamodule=tiny.Data(), ckpt_path=checkpoint)
-        return module, [graceful, best, stop_early]
+        return module, graceful, best, stop_early
 
-    whole, (_, best, stop_early) = run(tmp_path / "whole")
+    if limit not in WHOLE:
+        WHOLE[limit] = run(tmp_path / "whole")
+    whole, _, best, stop_early = WHOLE[limit]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    first, (graceful, *_) = run(tmp_path / "run", Kill(hook, call))
+    first, graceful, *_ = run(tmp_path, Kill(hook, call))
     assert graceful.stopped and graceful.signum == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert step_of(tmp_path / "run") == saved_at
-    printed = capsys.readouterr()
-    assert f"SIGTERM: saved checkpoints/last.ckpt at step {saved_at}\n" in printed.out
+    assert step_of(tmp_path) == saved_at
+    assert f"SIGTERM: saved checkpoints/last.ckpt at step {saved_at}\n" in capsys.readouterr().out
 
     done = list(first.events)
-    if (hook, call) in [("on_validation_batch_start", 1), ("on_validation_start", 1), ("on_validation_batch_start", 2)]:
+    if hook in ("on_validation_start", "on_validation_batch_start"):
         while done[-1][0] == "val":  # cut short, so it is repeated
             done.pop()
-    second, (_, best_again, stop_again) = run(tmp_path / "run", checkpoint=last(tmp_path / "run"))
+    second, _, best_again, stop_again = run(tmp_path, checkpoint=last(tmp_path))
     assert done + second.events == whole.events
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
     assert best_again.best_model_score == best.best_model_score
@@ -148,7 +154,10 @@ def test_in_the_sanity_check(tmp_path: Path, tiny: Any, hook: str) -> None:
     assert [e[0] for e in trainer.lightning_module.events] == ["val"]
 
 
-def test_second_signal_stops_at_once(tmp_path: Path, tiny: Any, capfd: pytest.CaptureFixture) -> None:
+def test_second_signal_stops_at_once(
+    tmp_path: Path, tiny: Any, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("callbacks.graceful._ECHO_S", 0.0)
     before = signal.getsignal(signal.SIGINT)
     graceful = GracefulStop()
     trainer = tiny.make_trainer(tmp_path, [graceful, Kill("on_train_batch_start", 2, signal.SIGINT, times=2)])
@@ -160,6 +169,12 @@ def test_second_signal_stops_at_once(tmp_path: Path, tiny: Any, capfd: pytest.Ca
         assert "SIGINT: stopping after this step; once more stops at once\n" in capfd.readouterr().err
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves Ctrl-C ignored
+
+
+def test_the_same_signal_passed_on_by_a_launcher_is_one_request(tmp_path: Path, tiny: Any) -> None:
+    trainer = tiny.make_trainer(tmp_path, [GracefulStop(), Kill("on_train_batch_start", 2, signal.SIGINT, times=2)])
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert step_of(tmp_path) == 2
 
 
 def test_handlers_are_ours_while_training_and_gone_after_an_error(tmp_path: Path, tiny: Any) -> None:

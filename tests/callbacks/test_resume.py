@@ -1,5 +1,6 @@
 """A checkpoint written in any hook continues exactly there: same steps, data, validations, schedule, weights."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,16 @@ def test_continues_where_it_was_saved(tmp_path: Path, tiny: Any, layout: str) ->
 
     everywhere = SaveEverywhere(tmp_path)
     whole, trainer, rows = run(None, everywhere)
+    times = Counter[str]()
     last_step = trainer.global_step
     tried = 0
     for path, before in everywhere.saved:
         place, step = path.stem.split("-")[1:]
         if int(step) == last_step and (trainer.max_steps != -1 or place in ("epoch_end", "ended")):
             continue  # nothing left to do, Lightning does not start
+        times[place] += 1
+        if times[place] > 1 and (place, step) != ("step", "3"):
+            continue  # of each kind the first, and the step that ends an epoch
         resumed, other, more_rows = run(path)
         tried += 1
         assert resumed.events == whole.events[before:], path.name
@@ -99,7 +104,7 @@ def test_continues_where_it_was_saved(tmp_path: Path, tiny: Any, layout: str) ->
         for mine, theirs in zip(other.lr_scheduler_configs, trainer.lr_scheduler_configs, strict=True):
             assert mine.scheduler.state_dict() == theirs.scheduler.state_dict(), path.name
         assert (other.current_epoch, other.global_step) == (trainer.current_epoch, last_step), path.name
-    assert tried >= 6
+    assert tried >= 4
 
 
 def test_longer_training_goes_on_in_the_middle_of_the_epoch(tmp_path: Path, tiny: Any) -> None:
@@ -142,7 +147,12 @@ def test_metrics_table_forgets_what_came_after_the_checkpoint(tmp_path: Path, ti
     steps_of = lambda: [line.split(",")[1] for line in (tmp_path / "metrics.csv").read_text().split()[1:]]  # noqa: E731
     assert steps_of() == ["0", "1", "2", "3", "4", "5"]
     resumed = tiny.make_trainer(
-        tmp_path, [ExactResume()], logger=MetricsCsv(directory=tmp_path), max_epochs=-1, max_steps=3, log_every_n_steps=50
+        tmp_path,
+        [ExactResume()],
+        logger=MetricsCsv(directory=tmp_path),
+        max_epochs=-1,
+        max_steps=3,
+        log_every_n_steps=50,
     )
     resumed.fit(tiny.Tiny(), datamodule=tiny.Data(), ckpt_path=path)
     assert steps_of() == ["0", "1", "2"]  # the last one with the metrics of its validation

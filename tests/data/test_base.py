@@ -8,6 +8,7 @@ import soundfile as sf
 import torch
 from torch.utils.data import Dataset
 
+from callbacks.resume import ExactResume
 from data.base import SystemData
 from data.errors import DataError, ManifestError
 from data.sampler import item_key
@@ -75,8 +76,8 @@ class Model(pl.LightningModule):
 class SaveEverywhere(pl.Callback):
     """Saves in every hook in which a checkpoint may be written, as <hook>-<epoch>-<batches done>.ckpt."""
 
-    def __init__(self, folder):
-        self.folder, self.paths = folder, {}
+    def __init__(self, folder, stop_after):
+        self.folder, self.stop_after, self.paths = folder, stop_after, {}
 
     def save(self, trainer, hook):
         if self.folder is None or trainer.sanity_checking:
@@ -95,6 +96,7 @@ class SaveEverywhere(pl.Callback):
         self.save(trainer, "batch_start")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.stop_after
         self.save(trainer, "batch_end")
 
     def on_validation_end(self, trainer, module):
@@ -107,9 +109,9 @@ class SaveEverywhere(pl.Callback):
         self.save(trainer, "train_end")
 
 
-def fit(folder=None, *, ckpt_path=None, workers=0, read_length=False, data=None, **trainer_options):
+def fit(folder=None, *, ckpt_path=None, workers=0, read_length=False, data=None, stop_after=None, **trainer_options):
     options = {"max_epochs": 2, "num_sanity_val_steps": 0, "val_check_interval": 3} | trainer_options
-    callback = SaveEverywhere(folder)
+    callback = SaveEverywhere(folder, stop_after)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -118,7 +120,7 @@ def fit(folder=None, *, ckpt_path=None, workers=0, read_length=False, data=None,
         enable_model_summary=False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
-        callbacks=[callback],
+        callbacks=[callback, ExactResume()],
         **options,
     )
     model = Model(read_length)
@@ -175,7 +177,7 @@ def test_resume_is_exact_from_every_hook(tmp_path, limits):
 
 @pytest.mark.parametrize("steps", [BATCHES + 2, BATCHES])
 def test_more_steps_after_max_steps_continue_the_epoch(tmp_path, steps):
-    """Lightning alone counts the epoch twice, or trains on a batch too many."""
+    """Lightning alone counts the epoch twice, or trains on one batch too many."""
     options = {"max_epochs": -1, "limit_val_batches": 0}
     reference = fit(max_steps=2 * BATCHES, **options)
     first = fit(tmp_path, max_steps=steps, **options)
@@ -186,25 +188,11 @@ def test_more_steps_after_max_steps_continue_the_epoch(tmp_path, steps):
 
 
 def test_a_stop_in_mid_epoch_can_be_resumed(tmp_path):
-    class Stop(SaveEverywhere):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            trainer.should_stop = trainer.should_stop or trainer.global_step == 4
-
     reference = fit(limit_val_batches=0)
-    stop = Stop(tmp_path)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        callbacks=[stop],
-    )
-    trainer.fit(Model(), PointData(seed=1))
-    for name in ("epoch_end-0-4", "train_end-0-4"):
-        assert_continues(fit(ckpt_path=stop.paths[name], limit_val_batches=0), reference, 4)
+    _, trainer, paths = fit(tmp_path, stop_after=4, limit_val_batches=0)
+    assert trainer.global_step == 4
+    for name in ("batch_end-0-4", "epoch_end-0-4", "train_end-0-4"):
+        assert_continues(fit(ckpt_path=paths[name], limit_val_batches=0), reference, 4)
 
 
 def test_the_position_in_the_checkpoint(tmp_path):
@@ -308,6 +296,7 @@ def test_too_little_data_for_a_batch():
         ({"speech_dir": "x", "val_manifest": "y"}, "not both"),
         ({"batch_size": 0}, "batch_size"),
         ({"loader": {"workers": 2}}, r"loader\.workers"),
+        ({"loader": {"num_workers": -2}}, "num_workers"),
     ],
 )
 def test_bad_options_are_named(bad, says):

@@ -1,0 +1,54 @@
+"""The fast layers against the stock ones, in value and gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from modules.cpu_layers import DepthwiseConv1d, PReLU
+
+
+def assert_same(fast: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
+    """Same output, input gradient and parameter gradients in float64, for the same parameters."""
+    fast, stock = fast.double().train(), stock.double()
+    stock.load_state_dict(fast.state_dict())
+    fast.zero_grad()
+    inputs = [x.double().requires_grad_(), x.double().requires_grad_()]
+    outputs = [layer(item) for layer, item in zip((fast, stock), inputs, strict=True)]
+    weights = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weights).sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-12, rtol=0)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-12, rtol=0)
+    for ours, theirs in zip(fast.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("dilation", [1, 4, 16])
+@pytest.mark.parametrize("num_frames", [1, 15, 16, 50])
+def test_depthwise_convolution(kernel_size, dilation, num_frames):
+    torch.manual_seed(0)
+    padding = (kernel_size - 1) * dilation // 2
+    stock = nn.Conv1d(6, 6, kernel_size, padding=padding, dilation=dilation, groups=6)
+    fast = DepthwiseConv1d(6, kernel_size=kernel_size, dilation=dilation)
+    assert_same(fast, stock, torch.randn(2, 6, num_frames))
+    x = torch.randn(2, 6, num_frames, dtype=torch.float64)
+    torch.testing.assert_close(fast.eval()(x), fast.train()(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("slope", [0.25, 0.0, 1.0, -0.5])
+def test_prelu(slope):
+    torch.manual_seed(0)
+    fast = PReLU()
+    fast.weight.data.fill_(slope)
+    x = torch.randn(2, 6, 50)
+    x[0, 0, 0] = 0
+    assert_same(fast, nn.PReLU(), x)
+    assert_same(fast, nn.PReLU(), x.mT)  # not contiguous
+    torch.testing.assert_close(fast.eval()(x.double()), fast.train()(x.double()))
+
+
+def test_prelu_under_autocast_has_the_stock_dtype():
+    x = torch.randn(2, 5, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert PReLU()(x).dtype == nn.PReLU()(x).dtype
