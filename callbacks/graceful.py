@@ -82,15 +82,16 @@ class GracefulStop(pl.Callback):
             os.write(2, f"{name}: stopping after this step; once more stops at once\n".encode())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restore_handlers()
+        self._restore_handlers(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()  # Lightning calls no teardown hook after an exception
+        self._restore_handlers(trainer)  # Lightning calls no teardown hook after an exception
 
-    def _restore_handlers(self) -> None:
+    def _restore_handlers(self, trainer: pl.Trainer) -> None:
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._note:  # Lightning ignores Ctrl-C while it shuts down
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
     # Training

@@ -37,7 +37,7 @@ class ExactResume(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._place = _EPOCH_START
+        self._place: str | None = None  # None: no hook was called yet
         self._resumed: dict[str, Any] | None = None
 
     # Where are we
@@ -46,6 +46,8 @@ class ExactResume(pl.Callback):
         # First, so that the place is known to every callback that saves in the same hook. A new list: Lightning is
         # iterating over the old one.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        if stage == "fit":
+            self._place, self._resumed = None, None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._place = _EPOCH_START
@@ -78,12 +80,13 @@ class ExactResume(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
+        if self._place is None:
+            return
         checkpoint.setdefault("callbacks", {})[self.state_key] = {
             "place": self._place,
-            "epoch": loop.trainer.current_epoch,
+            "epoch": trainer.current_epoch,
             "validation_due": _validation_due(trainer),
-            "epoch_complete": loop._num_ready_batches_reached(),
+            "epoch_complete": trainer.fit_loop.epoch_loop._num_ready_batches_reached(),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
         }
 

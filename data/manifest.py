@@ -186,7 +186,7 @@ def _checked(key: str, value: Any, folder: Path) -> Any:
             raise ManifestError(f"{key} must be text, got {json.dumps(value)[:60]}")
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ManifestError(f"{key} holds a character that no file name can have")
-    return os.path.normpath(folder / value) if is_path else value
+    return os.path.normpath(folder / str(value)) if is_path else value
 
 
 def _seconds(key: str, value: Any) -> float:

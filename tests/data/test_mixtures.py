@@ -195,11 +195,8 @@ def test_a_folder_in_place_of_manifests(tmp_path):
     data = data_of({"speech_dir": str(tmp_path / "speech")})
     data.setup()
     assert len(data.train_dataloader()) == 4
-    assert len(read_manifest_speakers(data)) == 6
-
-
-def read_manifest_speakers(data):
-    return {row["speaker"] for stage in ("train", "val", "test") for row in data.rows(stage)}
+    speakers = {row["speaker"] for stage in ("train", "val", "test") for row in data.rows(stage)}
+    assert len(speakers) == 6
 
 
 def test_manifest_rows_are_read_through(manifests):
