@@ -64,13 +64,13 @@ class Monitor(pl.Callback):
         self._window.step_s += self._batch_ended - self._batch_started
         self._window.examples += _batch_size(batch) * trainer.world_size
         self._window.batches += 1
-        steps = self.log_every_n_steps or trainer.log_every_n_steps or 50
+        steps = self.log_every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
         if trainer.global_step - self._closed_at_step >= steps:
             self._closed_at_step = trainer.global_step
             self.examples_per_s, self.data_wait_share = self._window.examples_per_s, self._window.data_wait_share
-            # batch_size=1, or Lightning would look for it in the batch
-            self.log("examples_per_s", self.examples_per_s, on_step=True, on_epoch=False, batch_size=1)
-            self.log("data_wait_share", self.data_wait_share, on_step=True, on_epoch=False, batch_size=1)
+            for name in ("examples_per_s", "data_wait_share"):
+                # batch_size=1, or Lightning would look for it in the batch
+                pl_module.log(name, getattr(self, name), on_step=True, on_epoch=False, batch_size=1)
             self._total += self._window
             self._window = _Window()
 
@@ -141,7 +141,7 @@ def _batch_size(batch: Any) -> int:
 
 
 def _peak_memory_mb() -> float:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     # In KiB, on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

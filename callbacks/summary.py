@@ -50,7 +50,7 @@ class Summary(pl.Callback):
     def _write(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> None:
         values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith(prefixes)}
         self._metrics |= {k: float(v) for k, v in values.items() if not isinstance(v, Tensor) or v.numel() == 1}
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = Path(trainer.default_root_dir) / "summary.json"
         trained = any(not name.startswith("test_") for name in self._metrics) or trainer.global_step > 0
@@ -64,7 +64,7 @@ class Summary(pl.Callback):
         os.replace(beside, path)
 
     def _content(self, trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
-        cost = dict.fromkeys(_COST)
+        cost: dict[str, Any] = dict.fromkeys(_COST)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Monitor):
                 cost |= callback.summary()

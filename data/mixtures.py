@@ -250,9 +250,12 @@ class SeparationData(SystemData):
             "cache_limit_mb": cache_limit_mb,
         }
 
+    def has_data(self, stage: str) -> bool:
+        return self.num_mixtures[stage] > 0 and super().has_data(stage)
+
     def dataset(self, stage: str) -> Dataset | None:
         rows = self.rows(stage)
-        if not rows or self.num_mixtures[stage] == 0:
+        if rows is None:
             return None
         return MixtureDataset(
             rows,

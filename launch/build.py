@@ -117,6 +117,8 @@ class Run:
 
     def fit(self, trainer: pl.Trainer, system: System, data: SystemData) -> None:
         """Train. Ends the process with 128 + signal when a signal stopped it after saving."""
+        if trainer.world_size > 1:
+            log.info("rank %d of %d: %s", trainer.global_rank, trainer.world_size, " ".join(self.overrides))
         begun_at = read_checkpoint(self.resume)["global_step"] if self.resume else -1
         try:
             trainer.fit(system, datamodule=data, ckpt_path=self.resume)

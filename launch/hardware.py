@@ -83,6 +83,7 @@ _KNOWN_NOISE = (
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",  # Lightning against this torch; nothing to do for a user
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run continues in its own directory
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our samplers know their position
+    ".*The dirpath has changed from.*",  # continuing a checkpoint in a new run, as the first line says
     ".*Trying to infer the `batch_size`.*",  # given to every log call that needs it
     ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # raised falsely after a resume
 )

@@ -103,7 +103,8 @@ def build_schedule(
         return None
     if name in ("halving", "plateau"):
         plateau = ReduceLROnPlateau(optimizer, mode=mode, factor=factor, patience=patience, min_lr=min_lr)  # type: ignore[arg-type]
-        return {"scheduler": plateau, "monitor": monitor, "interval": "epoch"}
+        # Not strict: epochs that end before the first validation have nothing to compare.
+        return {"scheduler": plateau, "monitor": monitor, "interval": "epoch", "strict": False}
     if name == "cosine":
         if not 0 < total_steps < math.inf:
             raise ValueError("model.optim.sched.name=cosine needs an end: set trainer.max_steps or trainer.max_epochs")

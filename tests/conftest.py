@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,21 @@ from launch import job
 
 RATE = 8000
 # A network of a few hundred weights: what is tested is the framework around it.
-TINY = ["model.num_filters=16", "model.bottleneck_channels=8", "model.hidden_channels=16", "model.skip_channels=8", "model.num_blocks=2", "model.num_repeats=1", "data.segment_s=0.25", "data.eval_segment_s=0.5", "data.train_mixtures=64", "data.val_mixtures=4", "data.test_mixtures=4", "data.loader.num_workers=0", "trainer.accelerator=cpu"]
+TINY = [
+    "model.num_filters=16",
+    "model.bottleneck_channels=8",
+    "model.hidden_channels=16",
+    "model.skip_channels=8",
+    "model.num_blocks=2",
+    "model.num_repeats=1",
+    "data.segment_s=0.25",
+    "data.eval_segment_s=0.5",
+    "data.train_mixtures=64",
+    "data.val_mixtures=4",
+    "data.test_mixtures=4",
+    "data.loader.num_workers=0",
+    "trainer.accelerator=cpu",
+]
 
 
 @dataclass
@@ -42,8 +57,6 @@ def run_script(script: str, arguments: list[str] | str) -> Finished:
     argv = shlex.split(arguments) if isinstance(arguments, str) else list(arguments)
     out, err = io.StringIO(), io.StringIO()
     handlers = logging.getLogger().handlers[:]
-    import sys
-
     typed = sys.argv[:]
     sys.argv = [f"{script}.py"]
     threads = torch.get_num_threads()

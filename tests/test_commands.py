@@ -80,10 +80,7 @@ def test_command(command: Command, script: Callable, corpus: Path, trained: Path
     assert python == "python"
     if name == "train.py" and not command.run and not any(a.startswith("-") and a != "-m" for a in arguments):
         arguments.append("dry_run=true")
-    if name == "-m":
-        done = script(arguments[0], arguments[1:])
-    else:
-        done = script(name.removesuffix(".py"), arguments)
+    done = script(name.removesuffix(".py"), arguments)
     assert done.code == command.code, done.text
     for line in command.expected:
         assert line in done.text

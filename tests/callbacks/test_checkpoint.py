@@ -17,6 +17,10 @@ from callbacks.resume import ExactResume
 from callbacks.rng import RngState
 from callbacks.summary import Summary
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
+
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_all_together(tmp_path: Path, tiny: Any, num_workers: int) -> None:

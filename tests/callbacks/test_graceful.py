@@ -15,6 +15,11 @@ from callbacks.last import LastCheckpoint
 from callbacks.resume import ExactResume
 from callbacks.rng import RngState
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
+
 
 class Kill(pl.Callback):
     """Sends this process a signal in the n-th call of a hook."""

@@ -11,6 +11,10 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 from callbacks.monitor import Monitor, _batch_size
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*across ranks is zero"),
+]
+
 KEYS = {"steps", "wall_s", "cpu_s", "examples_per_s", "data_wait_share", "peak_mem_mb"}
 
 

@@ -14,6 +14,12 @@ from callbacks.metrics_csv import MetricsCsv
 from callbacks.resume import ExactResume
 from callbacks.rng import RngState
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+    pytest.mark.filterwarnings("ignore:.*across ranks is zero"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+]
+
 
 class SaveEverywhere(Checkpoint):
     """A checkpoint callback, so it comes last in each hook, as Lightning's does."""

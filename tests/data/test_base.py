@@ -13,8 +13,8 @@ from data.base import SystemData
 from data.errors import DataError, ManifestError
 from data.sampler import item_key
 
-BATCHES = 6  # per epoch
-BATCH_SIZE = 2
+BATCHES, BATCH_SIZE = 6, 2  # batches per epoch, items per batch
+OFF = ["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "use_distributed_sampler"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +115,7 @@ def fit(folder=None, *, ckpt_path=None, workers=0, read_length=False, data=None,
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
+        **dict.fromkeys(OFF, False),
         callbacks=[callback, ExactResume()],
         **options,
     )

@@ -185,9 +185,9 @@ def test_no_validation(manifests):
     data = data_of(manifests | {"val_manifest": None})
     data.setup("fit")
     assert data.val_dataloader() == []
-    data = data_of(manifests, val_mixtures=0)
+    data = data_of(manifests, val_mixtures=0, test_mixtures=0)
     data.setup("fit")
-    assert data.val_dataloader() == []
+    assert data.val_dataloader() == [] and not data.has_data("test")
 
 
 def test_a_folder_in_place_of_manifests(tmp_path):

@@ -1,0 +1,189 @@
+"""Checkpoints: plain, atomic, refused when hostile or damaged; the three ways to go on from one."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers
+from models import load
+from models.checkpoint import CheckpointError, read_checkpoint
+from tests.conftest import TINY
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoint_v1.ckpt"
+
+
+class Attack:
+    """Unpickling this would create a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.fixture
+def last(trained: Path) -> Path:
+    return trained / "checkpoints" / "last.ckpt"
+
+
+def test_content_of_format_1(last: Path) -> None:
+    content = torch.load(last, weights_only=True)
+    assert content["format_version"] == 1
+    assert content["system"]["name"] == "models.conv_tasnet.ConvTasNet"
+    assert content["system"]["arguments"]["num_filters"] == 16
+    assert content["structure"] == []
+    for section in ("data", "trainer", "callbacks", "model"):
+        assert content["config"][section], section
+    assert content["config"]["data"]["segment_s"] == 0.25
+    assert "debug=fast" in content["overrides"]
+    assert {"python", "torch", "pytorch_lightning"} <= set(content["versions"])
+    assert "machine" in content["plan"]
+    assert content["git"] is not None
+    assert any("SeparationData" in key for key in content), "the data position"
+    assert any("RngState" in key for key in content["callbacks"])
+
+
+def test_format_1_loads_for_ever() -> None:
+    """Written by the first version; the result is that of then."""
+    system = load(GOLDEN)
+    signal = torch.sin(torch.arange(4000) / 7) * 0.1
+    sources = system.predict(signal, sample_rate=8000)["sources"]
+    expected = torch.load(GOLDEN.with_suffix(".expected.pt"), weights_only=True)
+    torch.testing.assert_close(sources, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_python_api(last: Path) -> None:
+    system = load(last)
+    assert not system.training
+    signal = torch.randn(2, 3000)
+    assert system.predict(signal, sample_rate=8000)["sources"].shape == (2, 2, 3000)
+    assert system.predict(mixture=signal[0], sample_rate=16000)["sources"].shape == (2, 3000)
+
+
+@pytest.mark.parametrize("script_name", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "pickle", "hostile archive", "newer", "foreign"])
+def test_unusable_checkpoint(
+    script, last: Path, manifests: list[str], in_tmp: Path, script_name: str, damage: str
+) -> None:
+    bad, trap = in_tmp / "bad.ckpt", in_tmp / "trap"
+    content = last.read_bytes()
+    if damage == "half":
+        bad.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        bad.touch()
+    elif damage == "text":
+        bad.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif damage == "pickle":
+        bad.write_bytes(pickle.dumps(Attack(trap)))
+    elif damage == "hostile archive":
+        torch.save({**torch.load(last, weights_only=True), "extra": Attack(trap)}, bad)
+    elif damage == "newer":
+        torch.save({**torch.load(last, weights_only=True), "format_version": 99}, bad)
+    else:
+        with zipfile.ZipFile(bad, "w") as archive:
+            archive.writestr("readme.txt", "nothing")
+    extra = {
+        "train": ["model=conv_tasnet", *TINY, *manifests],
+        "evaluate": [],
+        "predict": [f"input={bad}", "output=out"],
+        "export": ["output=x.onnx"],
+    }[script_name]
+    done = script(script_name, [f"ckpt_path={bad}", *extra])
+    assert done.code == 2, done.text
+    assert done.err.startswith(f"error: {bad}: ") and done.err.count("\n") == 1, done.err
+    assert not trap.exists(), "something in the file was run"
+
+
+def test_a_class_named_by_a_checkpoint_must_be_allowed(last: Path, in_tmp: Path) -> None:
+    content = torch.load(last, weights_only=True)
+    content["system"]["name"] = "subprocess.Popen"
+    content["config"]["packages"] = ["subprocess"]
+    torch.save(content, "bad.ckpt")
+    with pytest.raises(CheckpointError, match=r"bad.ckpt: subprocess.Popen: not in an allowed package"):
+        load("bad.ckpt")
+
+
+def test_a_checkpoint_cannot_allow_packages(script, last: Path, in_tmp: Path) -> None:
+    content = torch.load(last, weights_only=True)
+    content["config"]["data"]["_target_"] = "evil.Data"
+    content["config"]["packages"] = ["evil"]
+    torch.save(content, "bad.ckpt")
+    (in_tmp / "evil.py").write_text("raise SystemExit('evil was imported')")
+    done = script("evaluate", ["ckpt_path=bad.ckpt"])
+    assert done.code == 2
+    assert "data._target_=evil.Data: not in an allowed package" in done.err
+
+
+def test_written_whole_or_not_at_all(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = RunCheckpointIO({"git": ""}), in_tmp / "checkpoints" / "last.ckpt"
+    io.save_checkpoint({"state_dict": {"w": torch.ones(3)}}, path)
+
+    def full_disk(content, file) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
+    monkeypatch.undo()
+    assert read_checkpoint(path)["state_dict"]["w"].sum() == 3, "the earlier one is still valid"
+    remove_leftovers(path.parent)
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_resume_takes_the_newest_that_opens(last: Path, in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = in_tmp / "checkpoints"
+    folder.mkdir()
+    whole = last.read_bytes()
+    (folder / "best-step=3.ckpt").write_bytes(whole)
+    (folder / "last.ckpt").write_bytes(whole[:1000])
+    assert newest_readable(in_tmp) == folder / "best-step=3.ckpt"
+    assert "skipped" in caplog.text and "last.ckpt" in caplog.text
+
+
+def test_three_ways_to_go_on(script, manifests: list[str], trained: Path, in_tmp: Path) -> None:
+    last = trained / "checkpoints" / "last.ckpt"
+    base = ["model=conv_tasnet", "debug=fast", "test=false", *TINY, *manifests]
+
+    done = script(
+        "train", [*base, f"ckpt_path={last}", "trainer.max_steps=5", "model.optim.lr=0.5", "data.snr_db=[0,1]"]
+    )
+    assert done.code == 0, done.text
+    first, *_ = done.out.splitlines()
+    assert first.startswith(f"continuing from {last}")
+    assert "model.optim.lr=0.5 is NOT taking effect: the checkpoint's 0.001 goes on" in done.out
+    assert "changed since the checkpoint: data.snr_db=[0, 1]" in done.out
+    (run,) = (in_tmp / "runs" / "conv_tasnet").iterdir()
+    content = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == 5
+    assert content["config"]["model"]["optim"]["lr"] == 0.001, "what the record says is what was in force"
+
+    done = script("train", [*base, "exp_manager.resume_if_exists=true", "trainer.max_steps=6", "model.optim.lr=0.5",
+                            "resume_override=[optim.lr]"])  # fmt: skip
+    assert done.code == 0, done.text
+    assert done.out.splitlines()[0] == f"resuming {run / 'checkpoints' / 'last.ckpt'}"
+    content = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == 6
+    assert content["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+
+    done = script("train", [*base, "exp_manager.resume_if_exists=true", "trainer.max_steps=6"])
+    assert "nothing left to train: already at trainer.max_steps or max_epochs (step 6)" in done.out
+
+    done = script("train", [*base, f"init_from={last}", "trainer.max_steps=1", "model.num_blocks=3",
+                            "init_exclude=[encoder]", "exp_manager.version=warm"])  # fmt: skip
+    assert done.code == 0, done.text
+    assert "weights taken" in done.out and "missing: network.encoder.weight" in done.out
+    assert read_checkpoint(in_tmp / "runs/conv_tasnet/warm/checkpoints/last.ckpt")["global_step"] == 1
+
+    done = script("train", [*base, f"ckpt_path={last}", "model.num_filters=32"])
+    assert done.code == 2
+    assert "model.num_filters=32 (checkpoint: 16); init_from= takes what fits" in done.err
+
+    done = script("train", [*base, f"ckpt_path={last}", "resume_override=[num_filters]"])
+    assert done.code == 2
+    assert "resume_override=num_filters: only values of the optimiser" in done.err

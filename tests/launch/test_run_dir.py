@@ -1,0 +1,77 @@
+"""One directory for a run, whoever starts it; what is in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.errors import ConfigError
+from launch.run_dir import find_run, run_dir, sweep_dir
+
+
+def manager(**values):
+    return OmegaConf.create({"exp_dir": None, "name": "x", "version": None, "resume_if_exists": False} | values)
+
+
+def holding(folder: Path) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.ckpt").touch()
+    return folder
+
+
+def test_one_stamp_for_all_ranks(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_dir(manager())
+    assert first == run_dir(manager()), "the stamp is taken once and handed to children"
+    assert first.startswith("runs/x/")
+    Path(first).mkdir(parents=True)
+    monkeypatch.delenv("RUN_STAMP")
+    assert run_dir(manager()) != first, "two runs within a second are two runs"
+    monkeypatch.delenv("RUN_STAMP")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run_dir(manager()) == "runs/x/77"
+    monkeypatch.delenv("RUN_STAMP")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert run_dir(manager()) != "runs/x/none"
+
+
+def test_version_and_sweep(in_tmp: Path) -> None:
+    assert run_dir(manager(version="a", exp_dir="elsewhere")) == "elsewhere/x/a"
+    assert sweep_dir(manager(version="a")) == "runs/x/sweep-a"
+    with pytest.raises(ConfigError, match="plain folder name"):
+        run_dir(manager(name="../x"))
+
+
+def test_the_run_to_resume(in_tmp: Path) -> None:
+    assert find_run(manager()) is None
+    holding(Path("runs/x/1"))
+    newest = holding(Path("runs/x/0"))
+    Path("runs/x/2").mkdir()
+    assert find_run(manager()) == newest
+    assert find_run(manager(version="1")) == Path("runs/x/1")
+    assert find_run(manager(version="2")) is None
+    assert run_dir(manager(resume_if_exists=True)) == "runs/x/0"
+    itself = holding(Path("runs/x"))
+    assert find_run(manager()) == itself
+
+
+def test_everything_of_a_run_is_in_its_directory(trained: Path) -> None:
+    names = {file.relative_to(trained).as_posix() for file in trained.rglob("*")}
+    for name in """train.log checkpoints/last.ckpt checkpoints/best-step=4.ckpt metrics.csv summary.json plan.json
+                   command.sh environment.txt .hydra/config.yaml .hydra/overrides.yaml""".split():
+        assert name in names, name
+    assert any("events.out.tfevents" in name for name in names)
+    assert any(name.startswith("listen/") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert "step 4" in (trained / "train.log").read_text()
+    assert "train.py" in (trained / "command.sh").read_text()
+    assert "torch==" in (trained / "environment.txt").read_text()
+
+    summary = json.loads((trained / "summary.json").read_text())
+    frozen = {"metrics", "best_checkpoint", "steps", "wall_s", "cpu_s", "examples_per_s", "data_wait_share",
+              "peak_mem_mb", "versions"}  # fmt: skip
+    assert frozen <= set(summary), "keys may be added, never renamed"
+    assert {"val_si_sdri", "test_si_sdri"} <= set(summary["metrics"])
+    assert summary["steps"] == 4
+    assert (trained / summary["best_checkpoint"]).is_file()

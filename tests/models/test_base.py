@@ -1,0 +1,123 @@
+"""What all systems share: constructor arguments in the checkpoint, optimisers, schedules, weights."""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from models.base import System
+from models.checkpoint import find_class
+from models.conv_tasnet import ConvTasNet
+from models.optim import build_optimizer, build_schedule
+
+CONFIG = Path(__file__).parent.parent.parent / "config"
+SMALL = dict(num_filters=8, bottleneck_channels=4, hidden_channels=8, skip_channels=4, num_blocks=1, num_repeats=1)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIG / "model").glob("*.yaml")), ids=lambda f: f.stem)
+def test_one_key_for_each_constructor_argument(file: Path) -> None:
+    """The YAML is the manual: it names every argument, and nothing else."""
+    node = yaml.safe_load(file.read_text())["model"]
+    system = find_class(node.pop("_target_"), System)
+    parameters = {name: p for name, p in inspect.signature(system).parameters.items()}
+    assert set(node) == set(parameters)
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    for name, parameter in parameters.items():
+        if name != "optim":
+            assert node[name] == parameter.default, f"{name}: YAML and constructor disagree"
+
+
+def test_arguments_travel_in_the_checkpoint() -> None:
+    system = ConvTasNet(**SMALL, optim={"name": "sgd", "lr": 0.1})
+    checkpoint: dict = {}
+    system.on_save_checkpoint(checkpoint)
+    arguments = checkpoint["system"]["arguments"]
+    assert arguments["num_filters"] == 8 and arguments["optim"] == {"name": "sgd", "lr": 0.1}
+    assert arguments["mask"] == "relu", "defaults too, so that a later default changes nothing"
+    assert type(arguments) is dict
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(2))]
+
+
+def test_optimisers_by_their_torch_names() -> None:
+    optimizer = build_optimizer(parameters(), {"name": "AdamW", "lr": 0.1, "betas": [0.8, 0.9], "momentum": 0.9})
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert list(optimizer.param_groups[0]["betas"]) == [0.8, 0.9]
+    assert isinstance(build_optimizer(parameters(), {"name": "sgd", "lr": 0.1, "eps": 1e-8}), torch.optim.SGD)
+    with pytest.raises(ValueError, match="no such optimiser; choose from"):
+        build_optimizer(parameters(), {"name": "adm"})
+    with pytest.raises(ValueError, match="Adam has no lrr, weigth_decay"):
+        build_optimizer(parameters(), {"name": "adam", "lrr": 1, "weigth_decay": 0})
+    with pytest.raises(ValueError, match="no such schedule"):
+        ConvTasNet(**SMALL, optim={"sched": {"name": "step"}})
+
+
+def rates(sched: dict, steps: int, lr: float = 1.0) -> list[float]:
+    optimizer = torch.optim.SGD(parameters(), lr=lr)
+    scheduler = build_schedule(optimizer, steps, **sched)["scheduler"]  # type: ignore[index]
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return [*found, optimizer.param_groups[0]["lr"]]
+
+
+def test_cosine_with_warmup() -> None:
+    found = rates({"name": "cosine", "warmup_steps": 4, "min_lr": 0.1}, 20)
+    assert found[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert max(found) == found[4] == pytest.approx(1.0)
+    assert found[12] == pytest.approx(0.55), "half way down"
+    assert found[-1] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="needs an end"):
+        build_schedule(torch.optim.SGD(parameters(), lr=1), float("inf"), name="cosine")
+
+
+def test_halving() -> None:
+    optimizer = torch.optim.SGD(parameters(), lr=1.0)
+    described = build_schedule(optimizer, 10, name="halving", monitor="val_si_sdri", mode="max", patience=1, min_lr=0.3)
+    assert described is not None and described["monitor"] == "val_si_sdri"
+    found = []
+    for metric in (1, 2, 2, 2, 2, 2, 2):
+        described["scheduler"].step(metric)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == [1, 1, 1, 0.5, 0.5, 0.3, 0.3]
+
+
+def test_total_steps_for_schedules() -> None:
+    system = ConvTasNet(**SMALL)
+    for max_steps, max_epochs, expected in ((7, -1, 7), (-1, 3, 30), (-1, -1, float("inf"))):
+        system._trainer = SimpleNamespace(max_steps=max_steps, max_epochs=max_epochs, estimated_stepping_batches=30)
+        assert system._total_steps() == expected
+
+
+def test_weights_by_name_and_shape() -> None:
+    source, target = ConvTasNet(**SMALL), ConvTasNet(**(SMALL | {"num_filters": 4}))
+    report = target.load_weights({**source.state_dict(), "extra": torch.ones(1)}, exclude=["decoder"])
+    assert report["unexpected"] == ["extra"]
+    assert "network.encoder.weight" in report["mismatched"]
+    assert "network.decoder.weight" in report["missing"]
+    own = target.state_dict()
+    for name in report["loaded"]:
+        assert torch.equal(own[name], source.state_dict()[name])
+    assert report["loaded"]
+
+
+def test_predict_undoes_the_level() -> None:
+    system = ConvTasNet(**SMALL).eval()
+    signal = torch.randn(4000) * 0.01
+    quiet = system.predict(signal)["sources"]
+    loud = system.predict(1000 * signal)["sources"]
+    torch.testing.assert_close(loud / 1000, quiet, rtol=1e-3, atol=1e-6)
+    assert torch.isfinite(system.predict(torch.zeros(4000))["sources"]).all()
+    assert system.predict(torch.randn(3), sample_rate=44100)["sources"].shape == (2, 3)
+
+
+def test_example_input_fits_forward() -> None:
+    system = ConvTasNet(**SMALL)
+    assert system(*system.example_input().values()).shape[:2] == (1, 2)
