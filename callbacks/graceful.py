@@ -5,7 +5,7 @@ Decisions that are not obvious
   a whole validation, and does nothing before `min_epochs` and `min_steps` are met; any other exception would skip the
   teardown hooks, so that workers and log files stay open.
 * The checkpoint is written at the end of the step, after all other callbacks saw it, and the loop goes on to its next
-  hook, so that the step is also logged. Nothing is written afterwards but what belongs to that step.
+  hook, so that the step is also logged. From then on nothing is saved: the state no longer is that of a step.
 * A validation in progress is cut short: its numbers would be of a part of the data, so they are dropped, and neither
   checkpoints nor schedules hear of it. callbacks/resume.py makes the resumed run repeat it.
 * Launchers such as torchrun pass a signal on to processes that the sender may have signalled too. So the same request
@@ -82,12 +82,13 @@ class GracefulStop(pl.Callback):
             os.write(2, f"{name}: stopping after this step; once more stops at once\n".encode())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restore_handlers(trainer)
+        self._tidy_up(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers(trainer)  # Lightning calls no teardown hook after an exception
+        self._tidy_up(trainer)  # Lightning calls no teardown hook after an exception
 
-    def _restore_handlers(self, trainer: pl.Trainer) -> None:
+    def _tidy_up(self, trainer: pl.Trainer) -> None:
+        vars(trainer).pop("save_checkpoint", None)
         vars(trainer._signal_connector).pop("register_signal_handlers", None)
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._note:  # Lightning ignores Ctrl-C while it shuts down
@@ -103,13 +104,13 @@ class GracefulStop(pl.Callback):
         # Told between setup and the first step, or at the end of the epoch before.
         if self._anyone_told(trainer):
             self._save(trainer)
-            raise StopIteration
+            self._leave(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.stopped:
-            raise StopIteration
+            self._leave(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,13 +125,13 @@ class GracefulStop(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Ends the fit loop before callbacks that monitor a metric look at half an epoch. Lightning calls those last.
         if self.stopped:
-            raise StopIteration
+            self._leave(trainer)
 
     # Validation
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stopped and not trainer.sanity_checking:
-            self._leave_validation(trainer)
+            self._leave(trainer)
 
     def on_validation_batch_end(
         self,
@@ -153,12 +154,13 @@ class GracefulStop(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._cut_validation:
-            self._leave_validation(trainer)
+            self._leave(trainer)
 
     @staticmethod
-    def _leave_validation(trainer: pl.Trainer) -> NoReturn:
-        """Out of the whole validation loop, and with it out of the training epoch's."""
+    def _leave(trainer: pl.Trainer) -> NoReturn:
+        """Out of the loop that called the hook; from a validation also out of the training epoch around it."""
         trainer.training = True  # as the training loop sets it after a validation
+        trainer.save_checkpoint = lambda *args, **kwargs: None  # type: ignore[method-assign]
         raise StopIteration
 
     # Saving

@@ -56,10 +56,11 @@ class MetricsCsv(Logger):
         rows, columns = _read(self.path)
         kept = [row for row in rows if int(row["step"]) < step]
         self._columns = columns
-        self._row = {}
-        if len(kept) < len(rows) or not self.path.exists():
-            self._rewrite(kept)
-        self._row_offset = self.path.stat().st_size
+        self._rewrite(kept)
+        # The last row is still open: a validation that the resumed run repeats belongs to its step.
+        last = {name: value for name, value in kept[-1].items() if value} if kept else {}
+        self._row = {**last, "step": int(last["step"])} if last else {}
+        self._row_offset = self.path.stat().st_size - len(_lines([last], columns).encode() if last else b"")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

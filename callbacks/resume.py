@@ -86,7 +86,7 @@ class ExactResume(pl.Callback):
             "place": self._place,
             "epoch": trainer.current_epoch,
             "validation_due": _validation_due(trainer),
-            "epoch_complete": trainer.fit_loop.epoch_loop._num_ready_batches_reached(),
+            "epoch_complete": _epoch_complete(trainer),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
         }
 
@@ -130,13 +130,24 @@ def _validation_due(trainer: pl.Trainer) -> bool:
     """Does a validation follow the current batch by its number, not because training is to stop?"""
     fit_loop = trainer.fit_loop
     by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-    if fit_loop._data_fetcher is None or by_the_clock:
+    if fit_loop._data_fetcher is None or by_the_clock or _batch_in_hand(trainer):
         return False
     should_stop, trainer.should_stop = trainer.should_stop, False
     try:
         return fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
     finally:
         trainer.should_stop = should_stop
+
+
+def _epoch_complete(trainer: pl.Trainer) -> bool:
+    loop = trainer.fit_loop.epoch_loop
+    return not _batch_in_hand(trainer) and loop._num_ready_batches_reached()
+
+
+def _batch_in_hand(trainer: pl.Trainer) -> bool:
+    """Was a batch fetched that is not trained on? Lightning's counters then speak of that one."""
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    return current.ready != current.processed
 
 
 def _epoch_is_over(state: dict[str, Any]) -> bool:
@@ -160,7 +171,7 @@ def _corrected(checkpoint: dict[str, Any], state: dict[str, Any]) -> dict[str, A
     elif begun:
         epochs = _counters(epochs, ready=begun, started=begun, processed=begun - 1, completed=begun - 1)
 
-    if place == _STEP and (due or complete):
+    if place != _STEP or due or complete:
         batches = _all_completed(batches)
     if place in (_STEP, _VALIDATION) and due:
         # Lightning reads this as a validation that stopped in its first batch, and runs it again.
@@ -191,10 +202,12 @@ def _counters(progress: dict[str, Any], **values: int) -> dict[str, Any]:
 
 
 def _all_completed(progress: dict[str, Any]) -> dict[str, Any]:
+    """Nothing is under way; a batch that was fetched but not trained on does not count."""
+    total, current = progress["total"]["processed"], progress["current"]["processed"]
     return {
-        **progress,
-        "total": {**progress["total"], "completed": progress["total"]["processed"]},
-        "current": {**progress["current"], "completed": progress["current"]["processed"]},
+        "total": dict.fromkeys(progress["total"], total),
+        "current": dict.fromkeys(progress["current"], current),
+        "is_last_batch": progress["is_last_batch"] and progress["current"]["ready"] == current,
     }
 
 

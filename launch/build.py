@@ -12,10 +12,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 
+from callbacks import clock
 from data.base import SystemData
 from launch import checkpoint, environment
 from launch.command_line import near_misses
@@ -38,6 +40,8 @@ class Run:
 
     def __init__(self, cfg: DictConfig) -> None:
         quieten()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            clock.restart()  # each job of a sweep accounts for itself
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
         self.config = config = plain(cfg, typed_keys(self.overrides))

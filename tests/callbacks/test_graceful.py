@@ -1,5 +1,6 @@
 """A signal at any moment: the step is finished and saved, training stops, and a resume equals a run that went on."""
 
+import csv
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks.graceful import GracefulStop
 from callbacks.last import LastCheckpoint
+from callbacks.metrics_csv import MetricsCsv
 from callbacks.resume import ExactResume
 from callbacks.rng import RngState
 
@@ -44,8 +46,18 @@ def step_of(root: Path) -> int:
     return torch.load(last(root), weights_only=True)["global_step"]
 
 
-LIMITS = {"epochs": dict(max_epochs=2), "steps": dict(max_epochs=-1, max_steps=6)}
+LIMITS = {
+    "epochs": dict(max_epochs=2),
+    "steps": dict(max_epochs=-1, max_steps=6),
+    "accumulation": dict(max_epochs=2, accumulate_grad_batches=2),  # two steps an epoch
+}
 WHOLE: dict[str, Any] = {}  # a run that is not stopped, per limit
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    """Of a metrics table; whether a resume adds the columns in another order does not matter."""
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +76,9 @@ WHOLE: dict[str, Any] = {}  # a run that is not stopped, per limit
         ("epochs", "on_validation_end", 1, 3),
         ("steps", "on_train_epoch_end", 1, 3),
         ("epochs", "on_train_epoch_end", 1, 3),
+        ("accumulation", "on_train_batch_start", 1, 1),
+        ("accumulation", "on_train_batch_start", 3, 2),
+        ("accumulation", "on_validation_batch_start", 1, 2),
     ],
 )
 def test_stopped_and_resumed_equals_one_run(
@@ -76,15 +91,16 @@ def test_stopped_and_resumed_equals_one_run(
         )
         stop_early = EarlyStopping(monitor="val_loss", patience=50)  # strict: fails when there is no val_loss
         graceful = GracefulStop()
-        callbacks = [graceful, RngState(), LastCheckpoint(every_n_steps=1), ExactResume(), best, stop_early, *more]
-        trainer = tiny.make_trainer(folder, callbacks, **LIMITS[limit])
+        callbacks = [graceful, RngState(), LastCheckpoint(every_n_steps=500), ExactResume(), best, stop_early, *more]
+        table = MetricsCsv(directory=folder)
+        trainer = tiny.make_trainer(folder, callbacks, logger=table, **LIMITS[limit])
         module = tiny.Tiny(plateau=True)
         trainer.fit(module, datamodule=tiny.Data(), ckpt_path=checkpoint)
-        return module, graceful, best, stop_early
+        return module, graceful, best, stop_early, table.path
 
     if limit not in WHOLE:
         WHOLE[limit] = run(tmp_path / "whole")
-    whole, _, best, stop_early = WHOLE[limit]
+    whole, _, best, stop_early, table = WHOLE[limit]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     first, graceful, *_ = run(tmp_path, Kill(hook, call))
     assert graceful.stopped and graceful.signum == signal.SIGTERM
@@ -96,12 +112,13 @@ def test_stopped_and_resumed_equals_one_run(
     if hook in ("on_validation_start", "on_validation_batch_start"):
         while done[-1][0] == "val":  # cut short, so it is repeated
             done.pop()
-    second, _, best_again, stop_again = run(tmp_path, checkpoint=last(tmp_path))
+    second, _, best_again, stop_again, table_again = run(tmp_path, checkpoint=last(tmp_path))
     assert done + second.events == whole.events
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
     assert best_again.best_model_score == best.best_model_score
     assert Path(best_again.best_model_path).name == Path(best.best_model_path).name
     assert stop_again.state_dict() == stop_early.state_dict()
+    assert rows(table_again) == rows(table)
 
 
 def test_waits_for_accumulated_gradients(tmp_path: Path, tiny: Any) -> None:

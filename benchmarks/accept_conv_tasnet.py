@@ -1,0 +1,175 @@
+"""Separation of talkers that were never heard: ours against a plain loop around torchaudio's network.
+
+Both get the same CPU minutes and the same training talkers. Ours is `experiment=conv_tasnet_demo` as it stands, with
+as many steps as a short calibration says will fit (its schedule needs an end); the calibration is paid from the
+budget. The plain loop is what a reader of torchaudio's documentation would write: its network at the size of the
+demo (331 thousand weights), Adam at 1e-3, clipping at 5, batches of 4 x 3 s, no schedule.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.accept import Scores
+from callbacks import clock
+from data.manifest import read_manifest, write_manifest
+from data.mixtures import MixtureDataset
+from data.sampler import EpochSampler
+from losses.pit import pit_neg_si_sdr
+from metrics.separation import SeparationMetrics
+from models import load
+from models.checkpoint import read_checkpoint
+from models.conv_tasnet import ConvTasNet
+
+ROOT = Path(__file__).parent.parent
+_CALIBRATION_STEPS = (5, 35)
+
+
+def scores(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[Scores, str, dict[str, Any]]:
+    """SI-SDRi in dB of every contestant on the protocol's test mixtures."""
+    rows = read_manifest(manifest)
+    test_speakers = set(protocol["test_speakers"])
+    if missing := test_speakers - {row["speaker"] for row in rows}:
+        raise SystemExit(f"error: {manifest}: the protocol's talkers {', '.join(sorted(missing))} are not in it")
+    test_rows = [row for row in rows if row["speaker"] in test_speakers]
+    train_rows = [row for row in rows if row["speaker"] not in test_speakers]
+    train_manifest = work / "train.jsonl"
+    write_manifest(train_manifest, train_rows)
+    print(
+        f"{len(train_rows)} recordings to train on, {len(test_rows)} of {len(test_speakers)} other talkers to test on"
+    )
+
+    mixtures = mixture_dataset(test_rows, protocol, protocol["num_mixtures"], protocol["segment_s"], protocol["seed"])
+    test = MixtureDataset.collate([mixtures[(index, 0)] for index in range(len(mixtures))])
+    checkpoint, our_facts = train_ours(protocol, train_manifest, work)
+    system = load(checkpoint)
+    plain, plain_facts = train_plain_loop(protocol, train_rows)
+    torch.manual_seed(protocol["train_seed"])
+    untrained = ConvTasNet(**read_checkpoint(checkpoint)["system"]["arguments"]).eval()
+
+    sources = test["sources"].shape[1]
+    contestants = {
+        "ours": lambda mixture: system(mixture),
+        "plain torchaudio loop": lambda mixture: plain(mixture[:, None]),
+        "untrained network": lambda mixture: untrained(mixture),
+        "unprocessed": lambda mixture: mixture[:, None].expand(-1, sources, -1),
+        "silence": lambda mixture: torch.zeros_like(mixture)[:, None].expand(-1, sources, -1),
+    }
+    results = {name: si_sdri(separate, test) for name, separate in contestants.items()}
+    return results, "SI-SDRi in dB", {"ours": our_facts, "plain torchaudio loop": plain_facts}
+
+
+def mixture_dataset(
+    rows: list[dict[str, Any]], protocol: dict[str, Any], items: int, segment_s: float, seed: int
+) -> MixtureDataset:
+    return MixtureDataset(
+        rows,
+        num_items=items,
+        sample_rate=protocol["sample_rate"],
+        segment_s=segment_s,
+        snr_db=tuple(protocol["snr_db"]),
+        level_db=protocol["level_db"],
+        seed=seed,
+    )
+
+
+@torch.inference_mode()
+def si_sdri(separate: Any, test: dict[str, Tensor]) -> list[float]:
+    """Improvement of each mixture, under the best permutation."""
+    metric = SeparationMetrics()
+    values: list[float] = []
+    for index in range(len(test["mixture"])):
+        batch = {name: tensor[index : index + 1] for name, tensor in test.items()}
+        metric.update(separate(batch["mixture"]), batch["sources"], batch["mixture"], batch["length"])
+        values += metric.per_mixture()[1].tolist()
+    return values
+
+
+def train_ours(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[Path, dict[str, Any]]:
+    """The demo recipe through the command line, in processes of its own; its last checkpoint."""
+    base = [
+        "experiment=conv_tasnet_demo",
+        f"data.train_manifest={manifest}",
+        "data.val_manifest=null",
+        "data.test_manifest=null",
+        f"seed={protocol['train_seed']}",
+        f"exp_manager.exp_dir={work}",
+    ]
+    start = clock.cpu_seconds()
+    costs = []
+    for steps in _CALIBRATION_STEPS:
+        before = clock.cpu_seconds()
+        run_train([*base, "exp_manager.name=calibration", f"trainer.max_steps={steps}"])
+        costs.append(clock.cpu_seconds() - before)
+    few, many = _CALIBRATION_STEPS
+    step_s = (costs[1] - costs[0]) / (many - few)
+    start_up_s = costs[0] - few * step_s
+    left_s = 60 * protocol["cpu_minutes"] - sum(costs)
+    planned = math.floor((left_s - start_up_s) / step_s)
+    print(f"ours: {step_s:.2f} CPU-s per step, {planned} steps in what is left of the budget", flush=True)
+    limits = [f"trainer.max_steps={planned}", f"callbacks.budget.cpu_minutes={left_s / 60}"]
+    run_train([*base, "exp_manager.name=ours", *limits])
+    run = newest(work / "ours")
+    summary = json.loads((run / "summary.json").read_text())
+    facts = {
+        "cpu_minutes": (clock.cpu_seconds() - start) / 60,
+        "steps": summary["steps"],
+        "planned_steps": planned,
+        "wall_s": summary["wall_s"],
+    }
+    print(f"ours: {facts['steps']} steps, {facts['cpu_minutes']:.2f} CPU-minutes with start-up and calibration")
+    return run / "checkpoints" / "last.ckpt", facts
+
+
+def run_train(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=True)
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.iterdir(), key=lambda run: run.stat().st_mtime)
+
+
+def train_plain_loop(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+    """torchaudio's network and twenty lines, until the budget is used up."""
+    start, began = clock.cpu_seconds(), time.time()
+    torch.manual_seed(protocol["train_seed"])
+    network = torchaudio.models.ConvTasNet(
+        enc_kernel_size=16,
+        enc_num_feats=128,
+        msk_num_feats=64,
+        msk_num_hidden_feats=128,
+        msk_num_layers=6,
+        msk_num_stacks=2,
+        msk_activate="relu",
+    )
+    dataset = mixture_dataset(rows, protocol, 4000, 3.0, protocol["train_seed"])
+    sampler = EpochSampler(dataset, seed=protocol["train_seed"])
+    loader = DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=MixtureDataset.collate, drop_last=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    steps = epoch = 0
+    while True:
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            used_s = clock.cpu_seconds() - start
+            if used_s >= 60 * protocol["cpu_minutes"]:
+                facts = {"cpu_minutes": used_s / 60, "steps": steps, "wall_s": time.time() - began}
+                print(f"plain loop: {steps} steps, {used_s / 60:.2f} CPU-minutes")
+                return network.eval(), facts
+            loss = pit_neg_si_sdr(network(batch["mixture"][:, None]), batch["sources"])[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizer.step()
+            steps += 1
+            if steps % 100 == 0:
+                print(f"plain loop: step {steps}, loss {loss.item():.2f}, {used_s / 60:.1f} CPU-minutes", flush=True)
+        epoch += 1
