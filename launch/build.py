@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import Logger
 
 from callbacks import clock
@@ -96,6 +96,8 @@ class Run:
         loggers = [blueprint.build() for blueprint in self._loggers.values()]
         if not loggers:  # Lightning's monitor of the learning rate refuses to run without one
             callbacks = {name: c for name, c in callbacks.items() if not isinstance(c, LearningRateMonitor)}
+        if not self.trainer_section["enable_progress_bar"]:  # Lightning refuses both at once
+            callbacks = {name: c for name, c in callbacks.items() if not isinstance(c, ProgressBar)}
         if self._forced:
             from callbacks.resume_override import ResumeOverride
 

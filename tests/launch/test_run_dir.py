@@ -58,8 +58,9 @@ def test_the_run_to_resume(in_tmp: Path) -> None:
 
 def test_everything_of_a_run_is_in_its_directory(trained: Path) -> None:
     names = {file.relative_to(trained).as_posix() for file in trained.rglob("*")}
-    for name in """train.log checkpoints/last.ckpt checkpoints/best-step=4.ckpt metrics.csv summary.json plan.json
-                   command.sh environment.txt .hydra/config.yaml .hydra/overrides.yaml""".split():
+    wanted = """train.log checkpoints/last.ckpt checkpoints/best-step=4.ckpt metrics.csv summary.json plan.json
+                command.sh environment.txt .hydra/config.yaml .hydra/overrides.yaml"""
+    for name in wanted.split():
         assert name in names, name
     assert any("events.out.tfevents" in name for name in names)
     assert any(name.startswith("listen/") for name in names)

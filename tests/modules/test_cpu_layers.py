@@ -24,7 +24,7 @@ def assert_same(fast: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("dilation", [1, 4, 16])
+@pytest.mark.parametrize("dilation", [1, 2, 16])
 @pytest.mark.parametrize("num_frames", [1, 15, 16, 50])
 def test_depthwise_convolution(kernel_size, dilation, num_frames):
     torch.manual_seed(0)
