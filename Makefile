@@ -35,7 +35,7 @@ test-gpu: $(VENV)/.run $(VENV)/.demo $(VENV)/.test     ## tests that need a CUDA
 lint: $(VENV)/.test   ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:          ## remove .venv (runs and data stay)
 	rm -rf $(VENV)

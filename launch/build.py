@@ -22,7 +22,7 @@ from data.base import SystemData
 from launch import checkpoint, environment
 from launch.command_line import near_misses
 from launch.errors import ConfigError
-from launch.hardware import quieten, resolve_hardware, share_cores
+from launch.hardware import keep_freed_memory, quieten, resolve_hardware, share_cores
 from launch.run_dir import rank
 from launch.targets import Blueprint, wrong_arguments
 from models.base import System
@@ -104,6 +104,7 @@ class Run:
             callbacks["resume_override"] = ResumeOverride(values=self._forced)
         section = merge_trainer_kwargs(self.trainer_section, callbacks, system, self.overrides)
         share_cores(section)
+        keep_freed_memory(section)
         record = environment.record(self.config, self.overrides)
         if rank() == 0 and not self.config["dry_run"]:
             environment.write_snapshot(self.directory, record["git"])
@@ -166,7 +167,7 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
                 data[key] = None
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
-    if "val_manifest" in data and data.val_manifest is None and not data.get("speech_dir"):
+    if data.get("val_manifest", "") is None and not data.get("speech_dir"):
         cfg.monitor = {"metric": "train_loss", "mode": "min"}
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
@@ -197,9 +198,10 @@ def merge_trainer_kwargs(
     merged = dict(section)
     typed = typed_keys(overrides)
     for name, callback in callbacks.items():
-        if not hasattr(callback, "trainer_kwargs"):
+        asks = getattr(callback, "trainer_kwargs", None)
+        if asks is None:
             continue
-        for key, value in callback.trainer_kwargs(system=system, trainer=dict(section)).items():
+        for key, value in asks(system=system, trainer=dict(section)).items():
             if section.get(key) in (None, "auto"):
                 merged[key] = value
             elif section[key] != value:

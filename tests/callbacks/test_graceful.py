@@ -159,6 +159,20 @@ def test_cut_validation_reports_nothing(tmp_path: Path, tiny: Any) -> None:
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
+def test_nothing_is_saved_after_the_stop(tmp_path: Path, tiny: Any) -> None:
+    class SavesAtTheEnd(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.save_checkpoint(last(tmp_path))
+            trainer.save_checkpoint(tmp_path / "other.ckpt")
+
+    trainer = tiny.make_trainer(tmp_path, [GracefulStop(), SavesAtTheEnd(), Kill("on_train_batch_start", 2)])
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    batches = torch.load(last(tmp_path), weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert batches["current"]["ready"] == 2 and not (tmp_path / "other.ckpt").exists()
+    trainer.save_checkpoint(tmp_path / "other.ckpt")  # after training it is the caller's again
+    assert (tmp_path / "other.ckpt").exists()
+
+
 def test_the_validation_of_the_very_last_step_is_finished(tmp_path: Path, tiny: Any) -> None:
     graceful = GracefulStop()
     trainer = tiny.make_trainer(tmp_path, [graceful, Kill("on_train_batch_end", 3)], max_epochs=-1, max_steps=3)

@@ -50,6 +50,14 @@ def test_resume_keeps_what_came_before(tmp_path: Path) -> None:
     ]
 
 
+def test_the_last_row_of_a_resumed_run_is_still_open(tmp_path: Path) -> None:
+    MetricsCsv(directory=tmp_path).log_metrics({"train_loss": 1.0}, step=2)
+    table = MetricsCsv(directory=tmp_path)
+    table.continue_from(3)
+    table.log_metrics({"val_loss": 2.0}, step=2)  # the validation that a stop had cut short
+    assert rows(tmp_path) == [{"epoch": "", "step": "2", "train_loss": "1.0", "val_loss": "2.0"}]
+
+
 def test_without_a_hint_the_first_step_decides(tmp_path: Path) -> None:
     MetricsCsv(directory=tmp_path).log_metrics({"loss": 1.0}, step=4)
     MetricsCsv(directory=tmp_path).log_metrics({"loss": 2.0}, step=9)
