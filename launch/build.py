@@ -132,7 +132,9 @@ class Run:
         except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
             raise SystemExit(128 + (_signal(trainer) or signal.SIGINT)) from stop
         if number := _signal(trainer):
-            raise SystemExit(128 + number)
+            # Lightning kills the main process when a rank that it started itself ends with anything but 0.
+            started_by_lightning = trainer.local_rank > 0 and not _launched_from_outside(trainer)
+            raise SystemExit(0 if started_by_lightning else 128 + number)
         if trainer.global_step == begun_at:
             log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", begun_at)
 
@@ -153,6 +155,12 @@ class Run:
 def _signal(trainer: pl.Trainer) -> int:
     """The signal that stopped training, 0 for none."""
     return next((c.signum for c in trainer.callbacks if getattr(c, "signum", 0)), 0)  # type: ignore[attr-defined]
+
+
+def _launched_from_outside(trainer: pl.Trainer) -> bool:
+    """By torchrun, srun and the like, not by Lightning."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is None or environment.creates_processes_externally
 
 
 def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]

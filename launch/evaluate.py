@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> None:
         **section,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[Progress()],
+        callbacks=[Progress()] if section["enable_progress_bar"] else [],
         use_distributed_sampler=False,
     )
     scores = dict(trainer.test(system, datamodule=datamodule, verbose=False)[0])
