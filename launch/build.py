@@ -103,7 +103,7 @@ class Run:
 
             callbacks["resume_override"] = ResumeOverride(values=self._forced)
         section = merge_trainer_kwargs(self.trainer_section, callbacks, system, self.overrides)
-        share_cores(section)
+        share_cores(section, self.config["cpu_threads"])
         keep_freed_memory(section)
         record = environment.record(self.config, self.overrides)
         if rank() == 0 and not self.config["dry_run"]:

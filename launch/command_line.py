@@ -26,6 +26,8 @@ from launch.errors import ConfigError
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 # The name under which evaluate.yaml, predict.yaml and export.yaml include the checkpoint's configuration.
 RUN_CONFIGURATION = "run_configuration"
+# Prefix of the name under which a foreign primary configuration, laid over train.yaml, is stored.
+_OVER_TRAIN = "over_train_"
 
 
 def prepare(argv: list[str], script: str) -> list[str]:
@@ -61,15 +63,32 @@ def _without(argv: list[str], overrides: list[str]) -> list[str]:
 
 
 def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any) -> tuple[list[str], list[str]]:
-    """Let a primary configuration of another folder use our groups: append config/ to its search path."""
-    if typed.config_path is None or any(o.startswith("hydra.searchpath=") for o in overrides):
+    """Let a primary configuration of another folder use our groups and get its missing sections from train.yaml.
+
+    What it says counts as typed: it is merged over train.yaml, and only the command line comes after it.
+    """
+    if typed.config_path is None or (folder := _primary_folder(typed)) == CONFIG_DIR:
         return flags, overrides
-    folder = Path(typed.config_path)
-    if not folder.is_absolute():
-        folder = CONFIG_DIR.parent / folder  # Hydra's rule: relative to the script
-    if folder.resolve() == CONFIG_DIR:
-        return flags, overrides
-    return flags, [*overrides, f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+    if not any(o.startswith("hydra.searchpath=") for o in overrides):
+        overrides = [*overrides, f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+    name = str(typed.config_name or "train").removesuffix(".yaml").removeprefix(_OVER_TRAIN)
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--config-path={typed.config_path} --config-name={name}: {file} is not there")
+    ConfigStore.instance().store(name=_OVER_TRAIN + name, node={"defaults": ["train", name, "_self_"]}, package=None)
+    replaced = {f"--config-name={typed.config_name}", typed.config_name}
+    return [_replace_name(flag, replaced, _OVER_TRAIN + name) for flag in flags], overrides
+
+
+def _primary_folder(typed: Any) -> Path:
+    """Hydra's rule: `--config-path` is relative to the script."""
+    return (CONFIG_DIR.parent / typed.config_path).resolve()
+
+
+def _replace_name(flag: str, replaced: set[str | None], name: str) -> str:
+    if flag not in replaced:
+        return flag
+    return f"--config-name={name}" if flag.startswith("--") else name
 
 
 # Systems
@@ -255,22 +274,23 @@ class _composer:
     """Hydra's compose over our folder and those that were named, beside a Hydra that may already be active."""
 
     def __init__(self, extra_dir: str | None, config_path: str | None) -> None:
-        self.extra_dir, self.config_path = extra_dir, config_path
+        foreign = (CONFIG_DIR.parent / config_path).resolve() if config_path else None
+        self.others = [Path(folder).resolve() for folder in (extra_dir, foreign) if folder]
 
     def __enter__(self) -> tuple[ConfigLoader, Any]:
         from hydra import compose, initialize_config_dir
+        from hydra.core.config_search_path import SearchPathQuery
         from hydra.core.global_hydra import GlobalHydra
 
         GlobalHydra.instance().clear()
-        folder = CONFIG_DIR
-        if self.config_path is not None:
-            folder = (CONFIG_DIR.parent / self.config_path).resolve()
-        others = [f"file://{Path(d).resolve()}" for d in (self.extra_dir, CONFIG_DIR) if d and Path(d) != folder]
-        search = [f"hydra.searchpath=[{','.join(others)}]"] if others else []
-        self.context = initialize_config_dir(str(folder), version_base="1.3")
+        self.context = initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
         self.context.__enter__()
         loader = GlobalHydra.instance().config_loader()
-        return loader, lambda primary, overrides: compose(primary, [*overrides, *search])
+        path = loader.get_search_path()
+        for folder in self.others:
+            path.prepend("typed", f"file://{folder}", SearchPathQuery(provider="schema"))
+        loader.repository.initialize_sources(path)  # type: ignore[attr-defined]  # so that groups are listed too
+        return loader, compose
 
     def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)

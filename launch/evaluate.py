@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> None:
     datamodule = data.build()
     if not datamodule.has_data("test"):
         raise ConfigError("set data.test_manifest=…: the checkpoint's run had no test data")
-    share_cores(section)
+    share_cores(section, config["cpu_threads"])
     trainer = pl.Trainer(
         **section,
         logger=False,

@@ -86,9 +86,19 @@ def keep_freed_memory(trainer: dict[str, Any]) -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def share_cores(trainer: dict[str, Any]) -> None:
-    """On a CPU, divide the cores among the run's processes instead of letting each take all of them."""
-    if trainer["accelerator"] == "cpu" and (processes := num_processes(trainer)) > 1:
+def share_cores(trainer: dict[str, Any], cpu_threads: int | None) -> None:
+    """Threads of this process on a CPU: *cpu_threads*, or the cores divided among the run's processes.
+
+    A small network is trained with least CPU time by one thread (docs/RESULTS.md): more wait for one another in every
+    operation, and waiting costs CPU time too, several times the training's own when other work is on the cores.
+    """
+    if trainer["accelerator"] != "cpu":
+        return
+    if cpu_threads is not None:
+        if cpu_threads < 1:
+            raise ConfigError(f"cpu_threads={cpu_threads}: give at least 1, or null")
+        torch.set_num_threads(cpu_threads)
+    elif (processes := num_processes(trainer)) > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 

@@ -56,9 +56,6 @@ def _environment() -> Iterator[None]:
     """What Hydra is told for one run, and taken back after it; the run's stamp ends with it too."""
     before = dict(os.environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are, instead of Hydra's own report
-    # Threads that wait for one another sleep instead of spinning. With other work on the cores spinning costs several
-    # times the CPU time of the training itself (docs/RESULTS.md). Read when torch is imported, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_MAIN_MODULE"] = "__main__"  # config/ lies beside the script, also when that was imported
     try:
         yield

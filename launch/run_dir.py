@@ -69,12 +69,10 @@ def discard_if_unused(folder: Path) -> None:
                 logging.getLogger().removeHandler(handler)
                 handler.close()
         shutil.rmtree(folder)
-        if [item.name for item in folder.parent.iterdir()] == ["multirun.yaml"]:
-            shutil.rmtree(folder.parent)  # a sweep's directory, made anew by its next job
-            folder = folder.parent
-        for parent in (folder.parent, folder.parent.parent):  # <name> and runs, when this made them
-            if not any(parent.iterdir()):
-                parent.rmdir()
+        for parent in list(folder.parents)[:3]:  # the sweep's directory, which its next job makes anew; <name>; runs
+            if any(item.name != "multirun.yaml" for item in parent.iterdir()):
+                break
+            shutil.rmtree(parent)
 
 
 def _last_saved(folder: Path) -> float:

@@ -109,3 +109,29 @@ def test_trainer_arguments_of_callbacks(caplog: pytest.LogCaptureFixture) -> Non
     assert "callbacks.amp stands back: trainer.strategy=fsdp is set" in caplog.text
     with pytest.raises(ConfigError, match="leave one of them out"):
         merge_trainer_kwargs(section, {"amp": Wants()}, None, ["callbacks.amp.x=1", "trainer.strategy=fsdp"])  # type: ignore[dict-item, arg-type]
+
+
+def test_a_foreign_primary_counts_as_typed(script, manifests: list[str], in_tmp: Path) -> None:
+    """Its missing sections come from train.yaml; the command line still comes after it."""
+    (in_tmp / "mine").mkdir()
+    (in_tmp / "mine" / "run.yaml").write_text("model:\n  num_filters: 32\n  num_blocks: 1\nseed: 9\n")
+    flags = [f"--config-path={in_tmp / 'mine'}", "--config-name=run"]
+    config = composed(script, ["model=conv_tasnet", *flags, "seed=5"], in_tmp)
+    assert (config["model"]["num_filters"], config["model"]["num_blocks"]) == (32, 1)
+    assert config["seed"] == 5 and config["model"]["kernel_size"] == 16
+    done = script("train", ["model=conv_tasnet", *flags, *manifests, "trainer.accelerator=cpu", "dry_run=true"])
+    assert done.code == 0 and "dry run" in done.out, done.text
+    done = script("train", ["model=conv_tasnet", *flags, "model.num_filter=3"])
+    assert done.code == 2 and "Did you mean model.num_filters" in done.err
+    done = script("train", ["model=conv_tasnet", flags[0], "--config-name=nothing"])
+    assert done.code == 2 and "nothing.yaml is not there" in done.err
+
+
+def test_children_compose_the_same_foreign_primary(in_tmp: Path) -> None:
+    (in_tmp / "mine").mkdir()
+    (in_tmp / "mine" / "run.yaml").write_text("seed: 9\n")
+    once = command_line.prepare(
+        [f"--config-path={in_tmp / 'mine'}", "--config-name", "run", "model=conv_tasnet"], "train"
+    )
+    assert once[1:3] == ["--config-name", "over_train_run"]
+    assert command_line.prepare(once, "train") == once
