@@ -21,7 +21,7 @@ train: install  ## make demo speech, train a small separator on it, score it on 
 
 test: $(VENV)/.run $(VENV)/.demo $(VENV)/.test   ## lint and the default tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not faults" --durations=15
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not faults" --durations=15
 
 test-slow: $(VENV)/.run $(VENV)/.demo $(VENV)/.test    ## tests that take minutes
 	$(BIN)/python -m pytest -m slow --durations=15

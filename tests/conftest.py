@@ -5,6 +5,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -136,3 +137,15 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_JOB_ID", "RUN_STAMP"):
         monkeypatch.delenv(name, raising=False)
     assert os.environ.get("RUN_STAMP") is None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many commands of tests/commands are held, and how many wait for their issue."""
+    lines = [
+        line
+        for file in sorted((Path(__file__).parent / "commands").glob("*.txt"))
+        for line in file.read_text().splitlines()
+        if line[:1].isdigit()
+    ]
+    pending = sum(bool(re.match(r"\d+\s+(run\s+)?#\d+", line)) for line in lines)
+    terminalreporter.write_line(f"commands: {len(lines) - pending} held, {pending} pending")
