@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -78,7 +77,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     work = arguments.work / arguments.system
     work.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for both sides, as launch/job.py sets it for ours
     harness: Callable[..., tuple[Scores, str, dict[str, Any]]]
     harness = importlib.import_module(f"benchmarks.accept_{arguments.system}").scores
     scores, unit, facts = harness(protocol, manifest, work)

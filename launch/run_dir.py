@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from omegaconf import OmegaConf
 
 from launch.errors import ConfigError
 
+_STAMP_FORMAT = "%Y%m%d-%H%M%S"
 LAST = Path("checkpoints") / "last.ckpt"
 
 
@@ -23,6 +25,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
     OmegaConf.register_new_resolver("console_level", lambda: "INFO" if rank() == 0 else "WARNING", replace=True)
+    OmegaConf.register_new_resolver("log_name", log_name, replace=True)
+    OmegaConf.register_new_resolver("record_dir", lambda: ".hydra" if rank() == 0 else None, replace=True)
 
 
 def rank() -> int:
@@ -31,6 +35,11 @@ def rank() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+def log_name(job_name: str) -> str:
+    """The log file of this rank: <job>.log for rank 0; Lightning names the jobs of its children itself."""
+    return f"{job_name}_rank{rank()}.log" if rank() and "_ddp_process_" not in job_name else f"{job_name}.log"
 
 
 def run_dir(exp_manager: Any) -> str:
@@ -87,13 +96,27 @@ def _base(exp_manager: Any) -> Path:
 
 
 def _stamp(base: Path) -> str:
-    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    launcher = os.environ.get("SLURM_JOB_ID") or (elastic if elastic != "none" else None)
     if "RUN_STAMP" not in os.environ:
-        stamp = launcher or time.strftime("%Y%m%d-%H%M%S")
-        # Two runs started within one second by hand are two runs; ranks of one launcher are one.
-        taken = 0
-        while not launcher and (base / (name := stamp + (f"-{taken + 1}" if taken else ""))).exists():
-            taken += 1
-        os.environ["RUN_STAMP"] = launcher or name
+        os.environ["RUN_STAMP"] = _launcher_stamp() or _clock_stamp(base)
     return os.environ["RUN_STAMP"]
+
+
+def _launcher_stamp() -> str | None:
+    """What all ranks of an outside launcher have in common; None without one."""
+    if "SLURM_JOB_ID" in os.environ:
+        return os.environ["SLURM_JOB_ID"]
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
+    if elastic != "none":
+        return elastic
+    # torchrun without --rdzv_id: the ranks of one machine have one parent. Several machines need the id.
+    return time.strftime(_STAMP_FORMAT, time.localtime(psutil.Process(os.getppid()).create_time()))
+
+
+def _clock_stamp(base: Path) -> str:
+    """The time of day; two runs that are started by hand within one second are still two."""
+    stamp = name = time.strftime(_STAMP_FORMAT)
+    taken = 1
+    while (base / name).exists():
+        taken += 1
+        name = f"{stamp}-{taken}"
+    return name

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.errors import ConfigError
-from launch.run_dir import find_run, run_dir, sweep_dir
+from launch.run_dir import find_run, log_name, run_dir, sweep_dir
 
 
 def manager(**values):
@@ -33,7 +33,18 @@ def test_one_stamp_for_all_ranks(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("RUN_STAMP")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert run_dir(manager()) != "runs/x/none"
+    from_parent = run_dir(manager())
+    assert from_parent != "runs/x/none"
+    Path(from_parent).mkdir()
+    monkeypatch.delenv("RUN_STAMP")
+    assert run_dir(manager()) == from_parent, "ranks of one launcher share a directory that is there already"
+
+
+def test_one_log_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert log_name("train") == "train.log"
+    monkeypatch.setenv("RANK", "3")
+    assert log_name("train") == "train_rank3.log"
+    assert log_name("train_ddp_process_3") == "train_ddp_process_3.log"
 
 
 def test_version_and_sweep(in_tmp: Path) -> None:
