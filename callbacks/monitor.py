@@ -110,6 +110,8 @@ class Monitor(pl.Callback):
         return {**sums, **vars(used)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._trainer is not None and self._trainer.state.fn != "fit":
+            return  # a test that loads the best checkpoint does not resume anything
         self._earlier = {key: state_dict[key] for key in self._earlier}
         self._total = _Window(**{key: state_dict[key] for key in vars(self._total)})
 

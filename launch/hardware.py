@@ -109,6 +109,9 @@ _KNOWN_NOISE = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run continues in its own directory
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our samplers know their position
     ".*The dirpath has changed from.*",  # continuing a checkpoint in a new run, as the first line says
+    ".*could not find the monitored key.*",  # training ended before the first validation
+    ".*smaller than the logging interval.*",  # a short epoch; nothing is lost
+    ".*not available but strict is set to.*",  # an epoch that ended before the first validation
     ".*Trying to infer the `batch_size`.*",  # given to every log call that needs it
     ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # raised falsely after a resume
 )

@@ -83,6 +83,18 @@ def test_sums_over_resumed_runs(tmp_path: Path, tiny: Any) -> None:
     assert second.summary()["steps"] == 6
 
 
+def test_a_test_of_a_checkpoint_counts_nothing_twice(tmp_path: Path, tiny: Any) -> None:
+    monitor = Monitor()
+    trainer = tiny.make_trainer(tmp_path, [monitor], max_epochs=1)
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    before = monitor.summary()
+    trainer.validate(tiny.Tiny(), datamodule=tiny.Data(), ckpt_path=tmp_path / "x.ckpt")
+    after = monitor.summary()
+    assert after["examples_per_s"] == before["examples_per_s"]
+    assert after["cpu_s"] < 1.5 * before["cpu_s"] + 1
+
+
 def test_before_the_first_batch() -> None:
     summary = Monitor().summary()
     assert summary["examples_per_s"] is None and summary["data_wait_share"] is None and summary["steps"] == 0
