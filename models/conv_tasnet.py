@@ -14,6 +14,7 @@ from metrics.separation import SeparationMetrics
 from models.base import System
 from modules.chunking import separate_in_chunks
 from modules.conv_tasnet import ConvTasNet as Network
+from modules.levels import restore_levels
 
 
 class ConvTasNet(System):
@@ -80,7 +81,8 @@ class ConvTasNet(System):
 
     def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
         signals = {"mixture": batch["mixture"][0]}
-        for index, (estimate, target) in enumerate(zip(output["estimates"][0], batch["sources"][0], strict=True), 1):
+        estimates = restore_levels(output["estimates"][:1], batch["mixture"][:1])[0]
+        for index, (estimate, target) in enumerate(zip(estimates, batch["sources"][0], strict=True), 1):
             signals |= {f"estimate{index}": estimate, f"target{index}": target}
         return signals
 
@@ -101,7 +103,7 @@ class ConvTasNet(System):
         *mixture*: (T,) or (B, T). *sample_rate*: its rate in Hz, null for the system's own. Longer recordings than
         *chunk_s* seconds run in chunks that overlap by *overlap_s*, talkers kept in order across chunks.
 
-        Returns `sources` (…, num_sources, T) at the mixture's rate and level.
+        Returns `sources` (…, num_sources, T) at the mixture's rate, at the levels with which they add up to it.
         """
         rate = sample_rate or self.sample_rate
         waveform = mixture.to(self.device, torch.float32)
@@ -110,7 +112,7 @@ class ConvTasNet(System):
         gain = torch.where(rms > 0, 10 ** (self.level_db / 20) / rms, torch.ones_like(rms))
         own = resample(batch * gain, rate, self.sample_rate)
         estimates = separate_in_chunks(
-            self,
+            lambda chunk: restore_levels(self(chunk), chunk),
             own,
             chunk_samples=round(chunk_s * self.sample_rate),
             overlap_samples=round(overlap_s * self.sample_rate),

@@ -108,6 +108,19 @@ def test_weights_by_name_and_shape() -> None:
     assert report["loaded"]
 
 
+def test_predicted_sources_add_up_to_the_mixture() -> None:
+    """Whatever scale and sign the network puts out, since SI-SDR does not see them."""
+
+    class Halves(ConvTasNet):
+        def forward(self, mixture: torch.Tensor) -> torch.Tensor:
+            early = torch.arange(mixture.shape[-1]) < mixture.shape[-1] // 2
+            return torch.stack([mixture * early * 70, mixture * ~early * -30], 1)
+
+    signal = 0.1 * torch.randn(16000)
+    sources = Halves(**SMALL).predict(signal, sample_rate=8000, chunk_s=0.5, overlap_s=0.1)["sources"]
+    torch.testing.assert_close(sources.sum(0), signal, rtol=1e-2, atol=1e-3)
+
+
 def test_predict_undoes_the_level() -> None:
     system = ConvTasNet(**SMALL).eval()
     signal = torch.randn(4000) * 0.01
