@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, Progres
 from pytorch_lightning.loggers import Logger
 
 from callbacks import clock
+from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
 from launch import checkpoint, environment
 from launch.command_line import near_misses
@@ -99,8 +100,6 @@ class Run:
         if not self.trainer_section["enable_progress_bar"]:  # Lightning refuses both at once
             callbacks = {name: c for name, c in callbacks.items() if not isinstance(c, ProgressBar)}
         if self._forced:
-            from callbacks.resume_override import ResumeOverride
-
             callbacks["resume_override"] = ResumeOverride(values=self._forced)
         section = merge_trainer_kwargs(self.trainer_section, callbacks, system, self.overrides)
         share_cores(section, self.config["cpu_threads"])
