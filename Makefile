@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # TORCH=skip keeps the torch, torchaudio and torchvision that PYTHON already has.
 TORCH ?= install
 DEMO ?= demo_data
-RUN ?= $(shell date +%Y%m%d-%H%M%S)
+RUN := $(or $(RUN),$(shell date +%Y%m%d-%H%M%S))
 
 .PHONY: help install train test test-slow test-faults test-gpu lint clean
 

@@ -48,8 +48,8 @@ def _largest_parts(system: System) -> list[tuple[str, nn.Module]]:
 
 def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | None) -> None:
     """Where the results of a finished run lie, and what to type next."""
-    for name, value in (tested or {}).items():
-        log.info("%-28s %.4g", name, value)
+    if tested:
+        log.info("%s", table(tested))
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or directory / "checkpoints" / "last.ckpt"
     shown = _relative(Path(best))
     log.info("best checkpoint  %s", shown)
@@ -64,6 +64,11 @@ def _relative(path: Path) -> Path:
 
 
 def table(values: dict[str, Any]) -> str:
-    """Name and value, one per line."""
+    """Name and value, one per line; a standard error stands beside its mean."""
     width = max((len(name) for name in values), default=0)
-    return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in values.items())
+    lines = []
+    for name, value in values.items():
+        error = values.get(f"{name}_stderr")
+        if not name.endswith("_stderr"):
+            lines.append(f"{name:<{width}}  {value:.4g}" + ("" if error is None else f" +- {error:.2g}"))
+    return "\n".join(lines)
