@@ -101,7 +101,9 @@ class Progress(TQDMProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self._text and not trainer.sanity_checking:
-            values = [f"{k} {float(v):.4g}" for k, v in trainer.callback_metrics.items() if k.startswith("val_")]
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+            # Counts, of special cases above all, are worth their place when there is something to count.
+            values = [f"{name} {value:.4g}" for name, value in metrics.items() if "_num_" not in name or value]
             log.info("%s", "  ".join([f"epoch {trainer.current_epoch}", f"step {trainer.global_step}", *values]))
 
     def on_test_batch_end(
