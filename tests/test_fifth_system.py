@@ -32,19 +32,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_story_holds(folder: Path) -> None:
-    outputs = []
-    for line in BLOCKS["commands"].splitlines():
-        _, script, *arguments = shlex.split(line)
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        outputs.append(done.stdout)
+def test_the_story_holds(folder: Path, script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first command as a process of its own, as the page says; the others in this one, to save time."""
+    monkeypatch.chdir(folder)
+    first, *others = BLOCKS["commands"].splitlines()
+    _, name, *arguments = shlex.split(first)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *arguments],
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{first}\n{done.stdout}{done.stderr}"
+    outputs = [done.stdout]
+    monkeypatch.syspath_prepend(folder)
+    for line in others:
+        _, name, *arguments = shlex.split(line)
+        finished = script(name.removesuffix(".py"), arguments)
+        assert finished.code == 0, f"{line}\n{finished.text}"
+        outputs.append(finished.out)
 
     trained, resumed, evaluated, _ = outputs
     run = next((folder / "runs" / "denoise").iterdir())
