@@ -76,8 +76,9 @@ def num_processes(trainer: dict[str, Any]) -> int:
 def keep_freed_memory(trainer: dict[str, Any]) -> None:
     """On a CPU, let glibc keep what large tensors free for the next step.
 
-    By default it hands each of them back to the kernel and takes page faults for the next one, which costs up to a quarter of
-    the CPU time of a training step (docs/RESULTS.md). Other C libraries have no such call and are left alone.
+    By default it hands each of them back to the kernel and takes page faults for the next one, which costs up to a
+    quarter of the CPU time of a training step (docs/RESULTS.md). Other C libraries have no such call and are left
+    alone.
     """
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     if trainer["accelerator"] == "cpu" and platform.libc_ver()[0] == "glibc":
