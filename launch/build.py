@@ -49,8 +49,13 @@ class Run:
         self.resume = self._find_resume()
         if config["monitor"]["metric"] == "train_loss":
             log.info("data.val_manifest is not set: no validation, train_loss decides what is best")
-        # Optimiser values that a resumed run takes from here and not from its checkpoint.
-        self._forced = checkpoint.take_over(self.resume, config) if self.resume else {}
+        self._forced: dict[str, Any] = {}  # optimiser values that a resumed run does not take from its checkpoint
+        if self.resume is not None:
+            content = read_checkpoint(self.resume)
+            self._saved_config: dict[str, Any] = content.get("config") or {}
+            self._saved_shapes = checkpoint.shapes(content["state_dict"])
+            self._resumed_step = int(content["global_step"])
+            self._forced = checkpoint.take_over(self._saved_config, config)
         self.trainer_section = resolve_hardware(config["trainer"])
         packages = config["packages"]
         self._system = Blueprint("model", config["model"], System, packages)
@@ -86,8 +91,8 @@ class Run:
     def system(self) -> System:
         """The system, with weights from `init_from` if that is given."""
         system = self._system.build()
-        if self.resume:
-            checkpoint.check_shapes(self.resume, system, self.config)
+        if self.resume is not None and checkpoint.shapes(system.state_dict()) != self._saved_shapes:
+            checkpoint.refuse_other_network(self.resume, self._saved_config, self.config)
         if path := self.config["init_from"]:
             checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
         return system
@@ -125,7 +130,6 @@ class Run:
         """Train. Ends the process with 128 + signal when a signal stopped it after saving."""
         if trainer.world_size > 1:
             log.info("rank %d of %d: %s", trainer.global_rank, trainer.world_size, " ".join(self.overrides))
-        begun_at = read_checkpoint(self.resume)["global_step"] if self.resume else -1
         try:
             trainer.fit(system, datamodule=data, ckpt_path=self.resume)
         except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
@@ -134,8 +138,8 @@ class Run:
             # Lightning kills the main process when a rank that it started itself ends with anything but 0.
             started_by_lightning = trainer.local_rank > 0 and not _launched_from_outside(trainer)
             raise SystemExit(0 if started_by_lightning else 128 + number)
-        if trainer.global_step == begun_at:
-            log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", begun_at)
+        if self.resume is not None and trainer.global_step == self._resumed_step:
+            log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", trainer.global_step)
 
     def test(self, trainer: pl.Trainer, system: System, data: SystemData) -> dict[str, float] | None:
         """Score the best checkpoint on data that training never saw; None where there is none."""

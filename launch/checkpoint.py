@@ -7,7 +7,7 @@ is models/checkpoint.py.
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -114,15 +114,15 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
             log.info("  %s: %s%s", kind, ", ".join(names[:10]), more)
 
 
-def take_over(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Bring a resumed run's configuration in line with what its checkpoint decides, and say what has changed.
 
     The optimiser and its schedule are part of the state that a resume restores, so `config["model"]["optim"]` becomes
     the checkpoint's; only values that `resume_override` names stay as typed. Returns those, name -> value.
+    *saved*: the configuration in the checkpoint.
 
     Raises ConfigError for a name that cannot be forced.
     """
-    saved = read_checkpoint(path).get("config") or {}
     old, new = _flat(saved), _flat(config)
     forced = {}
     for name in config["resume_override"]:
@@ -150,13 +150,14 @@ def _report_change(key: str, old: Any, new: Any, forced: dict[str, Any], directo
         log.warning("%s=%s is NOT taking effect: the checkpoint's %s goes on%s", key, new, old, hint)
 
 
-def check_shapes(path: Path, system: System, config: dict[str, Any]) -> None:
-    """Raises ConfigError when a checkpoint's weights are not those of this system, naming the keys that differ."""
-    content = read_checkpoint(path)
-    own = {name: tensor.shape for name, tensor in system.state_dict().items()}
-    if own == {name: tensor.shape for name, tensor in content["state_dict"].items()}:
-        return
-    old, new = _flat((content.get("config") or {}).get("model", {})), _flat(config["model"])
+def shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
+    """Of the weights in a state dict."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def refuse_other_network(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> NoReturn:
+    """Raises ConfigError that names the model keys by which a checkpoint's configuration *saved* differs."""
+    old, new = _flat(saved.get("model", {})), _flat(config["model"])
     keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     named = ", ".join(f"model.{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
     raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")

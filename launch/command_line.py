@@ -67,7 +67,7 @@ def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any
 
     What it says counts as typed: it is merged over train.yaml, and only the command line comes after it.
     """
-    if typed.config_path is None or (folder := _primary_folder(typed)) == CONFIG_DIR:
+    if typed.config_path is None or (folder := _primary_folder(typed.config_path)) == CONFIG_DIR:
         return flags, overrides
     if not any(o.startswith("hydra.searchpath=") for o in overrides):
         overrides = [*overrides, f"hydra.searchpath=[file://{CONFIG_DIR}]"]
@@ -80,9 +80,9 @@ def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any
     return [_replace_name(flag, replaced, _OVER_TRAIN + name) for flag in flags], overrides
 
 
-def _primary_folder(typed: Any) -> Path:
+def _primary_folder(config_path: str) -> Path:
     """Hydra's rule: `--config-path` is relative to the script."""
-    return (CONFIG_DIR.parent / typed.config_path).resolve()
+    return (CONFIG_DIR.parent / config_path).resolve()
 
 
 def _replace_name(flag: str, replaced: set[str | None], name: str) -> str:
@@ -125,12 +125,12 @@ evaluate.py, predict.py and export.py take ckpt_path=<checkpoint or run director
 
 def _infer_system(typed: Any, overrides: list[str]) -> list[str]:
     """Add `model=<name>` when the typed keys belong to one system only."""
-    names = [o.partition("=")[0].lstrip("+~") for o in overrides]
-    if typed.config_name or typed.help or typed.hydra_help or typed.info or "model" in names or "experiment" in names:
+    if _chooses_system(typed, overrides) or typed.hydra_help or typed.info:
         return overrides
+    names = {override.partition("=")[0].lstrip("+~") for override in overrides}
     candidates = systems(typed.config_dir)
     having = {
-        system: {key for key in names if "." in key} & _keys_of("train", [f"model={system}"], typed.config_dir)
+        system: {name for name in names if "." in name} & _keys_of("train", [f"model={system}"], typed.config_dir)
         for system in candidates
     }
     common = set.intersection(*having.values()) if having else set()
@@ -274,7 +274,7 @@ class _composer:
     """Hydra's compose over our folder and those that were named, beside a Hydra that may already be active."""
 
     def __init__(self, extra_dir: str | None, config_path: str | None) -> None:
-        foreign = (CONFIG_DIR.parent / config_path).resolve() if config_path else None
+        foreign = _primary_folder(config_path) if config_path else None
         self.others = [Path(folder).resolve() for folder in (extra_dir, foreign) if folder]
 
     def __enter__(self) -> tuple[ConfigLoader, Any]:

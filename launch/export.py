@@ -1,4 +1,4 @@
-"""A checkpoint -> ONNX, with batch size and length left open, compared with the original before it is kept."""
+"""A checkpoint -> ONNX, with the length of its inputs left open, compared with the original at another length."""
 
 import logging
 from pathlib import Path

@@ -92,9 +92,8 @@ class System(pl.LightningModule, ABC):
         return output
 
     def setup(self, stage: str) -> None:
-        for name in ("val", "test"):
-            metric = self.make_metric()
-            if metric is not None and name not in self._metrics:
+        for name in {"val", "test"} - set(self._metrics):
+            if (metric := self.make_metric()) is not None:
                 self._metrics[name] = metric
 
     def on_validation_epoch_start(self) -> None:
