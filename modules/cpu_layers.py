@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def depthwise_by_phase(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """Depthwise convolution of odd kernel size P, "same" padding, written as an undilated 2-D convolution.
+def depthwise_by_phase(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, *, causal: bool = False
+) -> Tensor:
+    """Depthwise convolution of kernel size P, zeros around as in `DepthwiseConv1d`, as an undilated 2-D convolution.
 
     Sample k stands in row k // d and column k % d of an image, so the samples that a kernel of dilation d meets
     are neighbours in one column: a (P, 1) kernel without dilation over the image is the dilated convolution.
@@ -26,29 +28,43 @@ def depthwise_by_phase(x: Tensor, weight: Tensor, bias: Tensor | None, dilation:
     Shape: x (B, C, K), weight (C, 1, P), bias (C,) -> (B, C, K).
     """
     num_frames = x.shape[-1]
+    both, before, after = _rows_of_padding(weight.shape[-1], causal)
     missing = -num_frames % dilation
-    if missing:
-        x = F.pad(x, (0, missing))
+    if before or after or missing:
+        x = F.pad(x, (before * dilation, after * dilation + missing))
     image = x.unflatten(-1, (-1, dilation))  # (B, C, K/d, d)
-    padding = (weight.shape[-1] // 2, 0)
-    y = F.conv2d(image, weight.unsqueeze(-1), bias, padding=padding, groups=x.shape[1]).flatten(-2)
+    y = F.conv2d(image, weight.unsqueeze(-1), bias, padding=(both, 0), groups=x.shape[1]).flatten(-2)
     return y[..., :num_frames]
 
 
+def _rows_of_padding(kernel_size: int, causal: bool) -> tuple[int, int, int]:
+    """Zeros that keep the length, in dilation steps: on both sides (a convolution adds them itself, without a copy),
+    and further ones before and after."""
+    before = kernel_size - 1 if causal else (kernel_size - 1) // 2
+    after = kernel_size - 1 - before
+    both = min(before, after)
+    return both, before - both, after - both
+
+
 class DepthwiseConv1d(nn.Conv1d):
-    """Depthwise convolution with "same" zero padding; parameters as in nn.Conv1d(channels, groups=channels).
+    """Depthwise convolution that keeps the length; parameters as in nn.Conv1d(channels, groups=channels).
+
+    Zeros stand around the frames: as many on the left as on the right (one more on the right for an even kernel
+    size, times the dilation), all on the left when *causal*: no frame then sees a later one.
 
     Shape: (B, channels, K) -> (B, channels, K).
     """
 
-    def __init__(self, channels: int, *, kernel_size: int, dilation: int = 1) -> None:
-        padding = (kernel_size - 1) * dilation // 2
-        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
+    def __init__(self, channels: int, *, kernel_size: int, dilation: int = 1, causal: bool = False) -> None:
+        both, before, after = _rows_of_padding(kernel_size, causal)
+        super().__init__(channels, channels, kernel_size, padding=both * dilation, dilation=dilation, groups=channels)
+        self.causal = causal
+        self.uneven_padding = (before * dilation, after * dilation)
 
     def forward(self, input: Tensor) -> Tensor:
         if _trains_on_cpu(self, input) and self.dilation[0] > 1:
-            return depthwise_by_phase(input, self.weight, self.bias, self.dilation[0])
-        return super().forward(input)
+            return depthwise_by_phase(input, self.weight, self.bias, self.dilation[0], causal=self.causal)
+        return super().forward(F.pad(input, self.uneven_padding) if any(self.uneven_padding) else input)
 
 
 class _PReLUFunction(torch.autograd.Function):

@@ -1,44 +1,18 @@
-"""Conv-TasNet against torchaudio's, which has the same weights under other names."""
+"""Conv-TasNet against torchaudio's, which has the same weights under other names, and against what must hold."""
 
-import json
-from pathlib import Path
+import math
 
+import onnxruntime
 import pytest
 import torch
-from safetensors import safe_open
+import torch.nn.functional as F
 from torchaudio.models import ConvTasNet as PeerConvTasNet
 
-from modules.conv_tasnet import ConvTasNet
+from models.importers.conv_tasnet import convert, torchaudio_arguments
+from modules.conv_tasnet import ENCODER_ACTIVATIONS, PADDINGS, ConvTasNet
+from modules.norms import NORMS
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "conv_tasnet"
-
-# torchaudio's argument -> ours; bottleneck and skip path have one width there.
-PEER_ARGUMENTS = {
-    "num_sources": ["num_sources"],
-    "enc_kernel_size": ["kernel_size"],
-    "enc_num_feats": ["num_filters"],
-    "msk_kernel_size": ["block_kernel_size"],
-    "msk_num_feats": ["bottleneck_channels", "skip_channels"],
-    "msk_num_hidden_feats": ["hidden_channels"],
-    "msk_num_layers": ["num_blocks"],
-    "msk_num_stacks": ["num_repeats"],
-    "msk_activate": ["mask"],
-}
-PEER_NAMES = {
-    "mask_generator.input_norm": "separator.input_norm",
-    "mask_generator.input_conv": "separator.bottleneck",
-    "mask_generator.output_prelu": "separator.mask_prelu",
-    "mask_generator.output_conv": "separator.mask_conv",
-    "mask_generator.conv_layers": "separator.blocks",
-    ".conv_layers.0": ".expand",
-    ".conv_layers.1": ".expand_prelu",
-    ".conv_layers.2": ".expand_norm",
-    ".conv_layers.3": ".depthwise",
-    ".conv_layers.4": ".depthwise_prelu",
-    ".conv_layers.5": ".depthwise_norm",
-    ".res_out": ".residual",
-    ".skip_out": ".skip",
-}
+SLOW = pytest.mark.slow
 SIZES = {
     "relu": dict(
         num_sources=2, enc_kernel_size=16, enc_num_feats=24, msk_kernel_size=3, msk_num_feats=12,
@@ -59,14 +33,13 @@ TINY = dict(
 )  # fmt: skip
 
 
-def our_arguments(peer_arguments: dict) -> dict:
-    return {ours: value for name, value in peer_arguments.items() for ours in PEER_ARGUMENTS[name]}
-
-
-def our_name(peer_name: str) -> str:
-    for theirs, ours in PEER_NAMES.items():
-        peer_name = peer_name.replace(theirs, ours)
-    return peer_name
+def make_double(**arguments) -> ConvTasNet:
+    """A tiny network in float64, the same weights each time, no default left that would hide a missing operation."""
+    torch.manual_seed(0)
+    network = ConvTasNet(**TINY | {"mask": "sigmoid"} | arguments).double()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return network
 
 
 def build_pair(peer_arguments: dict, dtype: torch.dtype) -> tuple[PeerConvTasNet, ConvTasNet]:
@@ -74,8 +47,8 @@ def build_pair(peer_arguments: dict, dtype: torch.dtype) -> tuple[PeerConvTasNet
     peer = PeerConvTasNet(**peer_arguments)
     for parameter in peer.parameters():  # defaults such as a gain of one would hide a missing multiplication
         parameter.data += 0.1 * torch.randn_like(parameter)
-    network = ConvTasNet(**our_arguments(peer_arguments))
-    network.load_state_dict({our_name(name): value for name, value in peer.state_dict().items()})
+    network = ConvTasNet(**torchaudio_arguments(peer_arguments))
+    network.load_state_dict(convert(peer.state_dict())[0])
     return peer.to(dtype), network.to(dtype)
 
 
@@ -99,68 +72,181 @@ def test_gradients_equal_torchaudio(dtype, tolerance, training):
     weights = torch.randn(2, 2, 643, dtype=dtype)
     (peer(mixture[:, None]) * weights).sum().backward()
     (network(mixture) * weights).sum().backward()
-    ours = dict(network.named_parameters())
-    for name, parameter in peer.named_parameters():
-        scale = parameter.grad.abs().max().clamp_min(1)
-        difference = (ours.pop(our_name(name)).grad - parameter.grad).abs().max() / scale
+    expected, _ = convert({name: parameter.grad for name, parameter in peer.named_parameters()})
+    for name, parameter in network.named_parameters():
+        gradient = expected.pop(name)
+        difference = (parameter.grad - gradient).abs().max() / gradient.abs().max().clamp_min(1)
         assert difference < tolerance, f"{name}: {difference:.1e}"
-    assert not ours
+    assert not expected
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("ta_*.safetensors")), ids=lambda path: path.stem)
-def test_golden_cases(path):
-    with safe_open(path, "pt") as file:
-        arguments = our_arguments(json.loads(file.metadata()["cfg"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    network = ConvTasNet(**arguments).eval()
-    prefix = "state_dict."
-    network.load_state_dict(
-        {our_name(name.removeprefix(prefix)): tensors[name] for name in tensors if name.startswith(prefix)}
-    )
-    mixture = tensors["input"][:, 0]
-    torch.testing.assert_close(network(mixture), tensors["output_f32"], atol=2e-5, rtol=0)
-    torch.testing.assert_close(network.double()(mixture.double()), tensors["output_f64"], atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize(("hidden_channels", "expected"), [(512, 4_984_881), (256, 2_603_057)])
-def test_number_of_parameters(hidden_channels, expected):
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, 4_984_881),  # torchaudio
+        ({"causal": True, "norm": "cumulative", "padding": "valid"}, 4_984_881),
+        ({"hidden_channels": 256}, 2_603_057),  # torchaudio
+        ({"num_sources": 3}, 5_050_929),  # torchaudio
+        ({"skip_channels": None}, 3_474_609),  # asteroid
+        ({"kernel_size": 32}, 5_066_929 - 65_664),  # naplab, less the last residual convolution that it never uses
+    ],
+)
+def test_number_of_parameters(arguments, expected):
     with torch.device("meta"):
-        network = ConvTasNet(hidden_channels=hidden_channels)
+        network = ConvTasNet(**arguments)
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
 
 
-def test_state_dict_names_are_frozen():
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("skip_channels", [5, None])
+def test_state_dict_names_are_frozen(norm, skip_channels):
     """Checkpoints hold these names: a change needs a migration of old ones."""
-    names = ConvTasNet(**TINY | {"num_blocks": 2, "num_repeats": 1}).state_dict().keys()
-    pairs = ["expand", "expand_norm", "depthwise", "depthwise_norm", "residual", "skip"]
+    sizes = {"num_blocks": 2, "num_repeats": 1, "norm": norm, "skip_channels": skip_channels}
+    names = ConvTasNet(**TINY | sizes).state_dict().keys()
     expected = ["encoder.weight", "decoder.weight", "separator.mask_prelu.weight"]
     for name in ["input_norm", "bottleneck", "mask_conv"]:
         expected += [f"separator.{name}.weight", f"separator.{name}.bias"]
     for block in (0, 1):
         expected += [f"separator.blocks.{block}.{name}_prelu.weight" for name in ("expand", "depthwise")]
-        for name in pairs:
-            if (block, name) != (1, "residual"):  # nothing reads the last block's residual
-                expected += [f"separator.blocks.{block}.{name}.{kind}" for kind in ("weight", "bias")]
+        layers = ["expand", "expand_norm", "depthwise", "depthwise_norm"]
+        # With a skip path nothing reads the last block's residual, without one the masks do.
+        layers += ["residual"] if skip_channels is None else [["residual", "skip"], ["skip"]][block]
+        expected += [f"separator.blocks.{block}.{name}.{kind}" for name in layers for kind in ("weight", "bias")]
     assert sorted(names) == sorted(expected)
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(16, 8), (20, 5), (16, 16), (7, 2), (1, 1), (5, 3)])
-def test_every_length_and_stride(kernel_size, stride):
-    network = ConvTasNet(**TINY | {"kernel_size": kernel_size, "stride": stride})
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_every_length_and_stride(kernel_size, stride, padding):
+    framing = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    network = ConvTasNet(**TINY | framing | {"num_blocks": 1, "num_repeats": 1})
     for num_samples in [*range(1, 2 * kernel_size + 2), 100]:
         assert network(torch.randn(1, num_samples)).shape == (1, 2, num_samples)
 
 
-def test_batch_size_does_not_matter():
-    torch.manual_seed(0)
-    network = ConvTasNet(**TINY).double()
+@pytest.mark.parametrize("kernel_size", [4, 7])
+@pytest.mark.parametrize("norm", NORMS)
+def test_centered_is_valid_between_zeros(norm, kernel_size):
+    centered = make_double(norm=norm, kernel_size=kernel_size, stride=2)
+    valid = make_double(norm=norm, kernel_size=kernel_size, stride=2, padding="valid")
+    mixture = torch.randn(2, 100 + kernel_size % 2, dtype=torch.float64)
+    half = kernel_size // 2
+    expected = valid(F.pad(mixture, (half, half)))[..., half:-half]
+    torch.testing.assert_close(centered(mixture), expected, atol=1e-12, rtol=0)
+
+
+def test_valid_leaves_out_an_incomplete_last_frame():
+    network = make_double(padding="valid")  # frames of 4 samples, 2 apart
+    mixture = torch.randn(1, 103, dtype=torch.float64)
+    assert network(mixture)[..., 102:].eq(0).all()
+    torch.testing.assert_close(network(mixture)[..., :102], network(mixture[:, :102]))
+    torch.testing.assert_close(network(mixture[:, :3]), network(F.pad(mixture[:, :3], (0, 1)))[..., :3])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "arguments", [{"norm": "global"}, {"norm": "cumulative", "causal": True}, {"norm": "per_frame", "padding": "valid"}]
+)
+def test_batch_size_does_not_matter(arguments, training):
+    network = make_double(**arguments).train(training)
     mixture = torch.randn(3, 101, dtype=torch.float64)
     alone = torch.cat([network(item[None]) for item in mixture])
     torch.testing.assert_close(network(mixture), alone, atol=1e-12, rtol=0)
-    # Trailing zeros, in contrast, do change the output everywhere: the global norm averages over all frames,
-    # silent ones included. So recordings of different lengths are not padded to one batch for evaluation.
-    padded = network(torch.nn.functional.pad(mixture, (0, 100)))[..., :101]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_samples", [1, 100, 101])
+@pytest.mark.parametrize("norm", ["cumulative", "per_frame"])
+def test_what_follows_a_recording_does_not_matter_to_a_causal_network(norm, num_samples, training):
+    network = make_double(norm=norm, causal=True).train(training)
+    mixture = torch.randn(2, num_samples, dtype=torch.float64)
+    padded = network(F.pad(mixture, (0, 57)))[..., :num_samples]
+    torch.testing.assert_close(padded, network(mixture), atol=1e-12, rtol=0)
+
+
+def test_trailing_zeros_matter_to_the_global_norm():
+    """It averages over all frames, silent ones included: so recordings of different lengths are not padded to one
+    batch for evaluation."""
+    network = make_double()
+    mixture = torch.randn(2, 101, dtype=torch.float64)
+    padded = network(F.pad(mixture, (0, 100)))[..., :101]
     assert (padded - network(mixture)).abs().max() > 1e-3
+
+
+CAUSAL = {
+    "cumulative": {"norm": "cumulative"},
+    "per frame, even kernel": {"norm": "per_frame", "block_kernel_size": 2},
+    "no skip": {"norm": "per_frame", "skip_channels": None, "mask": "softmax"},
+    "valid": {"norm": "cumulative", "padding": "valid"},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_latency_of_a_causal_network_is_the_kernel_size(name, training):
+    """An output sample t depends on the inputs before t + kernel_size, and on the last of these."""
+    network = make_double(**CAUSAL[name], causal=True).train(training)  # frames of 4 samples, 2 apart
+    mixture = torch.randn(1, 120, dtype=torch.float64)
+    changed = mixture.clone()
+    changed[:, 79:] = torch.randn(41)
+    difference = (network(changed) - network(mixture)).abs().amax((0, 1))
+    assert difference[:76].max() == 0
+    assert difference[76] > 1e-6
+
+    mixture.requires_grad_()
+    (gradient,) = torch.autograd.grad(network(mixture)[..., 76].square().sum(), mixture)
+    assert gradient[:, 80:].eq(0).all()
+    assert (gradient[:, 79] != 0).all()
+
+
+@pytest.mark.parametrize("arguments", [{"norm": "per_frame"}, {"norm": "global", "causal": True}])
+def test_other_networks_do_look_ahead(arguments):
+    network = make_double(**arguments)
+    mixture = torch.randn(1, 120, dtype=torch.float64)
+    changed = mixture.clone()
+    changed[:, 79:] = torch.randn(41)
+    assert (network(changed) - network(mixture))[..., 70:76].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block_kernel_size", [1, 2, 3, 4])
+def test_receptive_field(block_kernel_size, causal, training):
+    """1 + R (P - 1) (2^X - 1) frames; the norm of single frames adds none."""
+    network = make_double(norm="per_frame", causal=causal, block_kernel_size=block_kernel_size, mask="linear")
+    before, total = (2 * size * (2**3 - 1) for size in ((block_kernel_size - 1) // 2, block_kernel_size - 1))
+    features = torch.randn(1, 8, 120, dtype=torch.float64, requires_grad=True)
+    masks = network.train(training).separator(features)
+    (gradient,) = torch.autograd.grad(masks[..., 60].square().sum(), features)
+    seen = gradient.abs().sum((0, 1)).nonzero().flatten().tolist()
+    first = 60 - (total if causal else before)
+    assert (seen[0], seen[-1]) == (first, first + total)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_silence(norm, causal):
+    network = ConvTasNet(**TINY, norm=norm, causal=causal)
+    output = network(torch.zeros(1, 50))
+    assert output.eq(0).all()
+    output.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mask", "gain"), [("relu", 0.0), ("sigmoid", 1 / (1 + math.exp(0.5))), ("softmax", 1 / 3), ("linear", -0.5)]
+)
+@pytest.mark.parametrize("encoder_activation", ENCODER_ACTIVATIONS)
+def test_masks_multiply_the_features(mask, gain, encoder_activation):
+    """A mask convolution that gives -0.5 everywhere leaves of the network: filter bank, gain, synthesis."""
+    network = make_double(mask=mask, encoder_activation=encoder_activation, num_sources=3)
+    network.separator.mask_conv.weight.data.fill_(0)
+    network.separator.mask_conv.bias.data.fill_(-0.5)
+    mixture = torch.randn(2, 100, dtype=torch.float64)
+    features = network.encoder(mixture[:, None])
+    features = features.relu() if encoder_activation == "relu" else features
+    expected = gain * network.decoder(features).expand(-1, 3, -1)
+    torch.testing.assert_close(network(mixture), expected, atol=1e-12, rtol=0)
 
 
 def test_output_follows_the_level_of_the_input():
@@ -182,9 +268,10 @@ def test_sources_are_not_mixed_up_in_the_decoder():
     assert (energy > 0).tolist() == [[True, False, True]] * 2
 
 
-def test_autocast_keeps_the_waveform_in_float32():
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast_keeps_the_waveform_in_float32(norm):
     torch.manual_seed(0)
-    network = ConvTasNet(**TINY)
+    network = ConvTasNet(**TINY, norm=norm)
     mixture = torch.randn(2, 203)
     expected = network(mixture)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -206,8 +293,11 @@ def test_wrong_arguments_are_named_together():
         ({"kernel_size": "16"}, "kernel_size must be a whole number"),
         ({"stride": 0}, "stride must be a whole number"),
         ({"stride": 17}, "stride must not exceed kernel_size 16"),
-        ({"block_kernel_size": 4}, "block_kernel_size must be odd"),
-        ({"mask": "softmax"}, "mask must be one of relu, sigmoid"),
+        ({"skip_channels": 0}, "skip_channels must be a whole number"),
+        ({"mask": "tanh"}, "mask must be one of linear, relu, sigmoid, softmax, got 'tanh'"),
+        ({"padding": "same"}, "padding must be one of centered, valid, got 'same'"),
+        ({"encoder_activation": "prelu"}, "encoder_activation must be one of linear, relu, got 'prelu'"),
+        ({"causal": "yes"}, "causal must be true or false, got 'yes'"),
     ],
 )
 def test_wrong_argument(arguments, message):
@@ -220,3 +310,30 @@ def test_wrong_argument(arguments, message):
 def test_wrong_input(shape):
     with pytest.raises(ValueError, match="mixture must have shape"):
         ConvTasNet(**TINY)(torch.zeros(shape))
+
+
+ONNX_CASES = {
+    "tiny": {"norm": "per_frame", "causal": True, "num_blocks": 1, "num_repeats": 1},
+    "global": {"norm": "global", "mask": "relu"},
+    "causal": {"norm": "cumulative", "causal": True, "mask": "sigmoid", "kernel_size": 7, "stride": 2},
+    "per frame": {"norm": "per_frame", "padding": "valid", "mask": "softmax", "skip_channels": None,
+                  "encoder_activation": "relu"},
+    "causal, valid": {"norm": "cumulative", "padding": "valid", "causal": True, "mask": "linear",
+                      "block_kernel_size": 2},
+}  # fmt: skip
+
+
+@SLOW
+@pytest.mark.parametrize("name", ONNX_CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_at_any_length(name):
+    """Silence too: the exporter's optimiser drops small constants, an epsilon under a root for one."""
+    network = make_double(**ONNX_CASES[name]).float().eval()
+    shapes = ({1: torch.export.Dim.DYNAMIC},)
+    options = {"input_names": ["mixture"], "opset_version": 18, "dynamo": True, "verbose": False}
+    program = torch.onnx.export(network, (torch.randn(1, 100),), dynamic_shapes=shapes, **options)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for num_samples in (3, 57, 100, 203):
+        for mixture in (torch.randn(1, num_samples), torch.zeros(1, num_samples)):
+            (output,) = session.run(None, {"mixture": mixture.numpy()})
+            torch.testing.assert_close(torch.from_numpy(output), network(mixture), atol=1e-5, rtol=0)

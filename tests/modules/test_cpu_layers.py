@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from modules.cpu_layers import DepthwiseConv1d, PReLU
@@ -23,14 +24,36 @@ def assert_same(fast: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+class PaddedConv1d(nn.Conv1d):
+    """The stock convolution over frames with zeros around them."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int, padding: tuple[int, int]) -> None:
+        super().__init__(channels, channels, kernel_size, dilation=dilation, groups=channels)
+        self.zeros = padding
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(input, self.zeros))
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "causal", "before"),
+    [
+        (1, False, 0),
+        (3, False, 1),
+        (5, False, 2),
+        (2, False, 0),
+        (4, False, 1),
+        (1, True, 0),
+        (3, True, 2),
+        (4, True, 3),
+    ],
+)
 @pytest.mark.parametrize("dilation", [1, 2, 16])
 @pytest.mark.parametrize("num_frames", [1, 15, 16, 50])
-def test_depthwise_convolution(kernel_size, dilation, num_frames):
+def test_depthwise_convolution(kernel_size, causal, before, dilation, num_frames):
     torch.manual_seed(0)
-    padding = (kernel_size - 1) * dilation // 2
-    stock = nn.Conv1d(6, 6, kernel_size, padding=padding, dilation=dilation, groups=6)
-    fast = DepthwiseConv1d(6, kernel_size=kernel_size, dilation=dilation)
+    stock = PaddedConv1d(6, kernel_size, dilation, (before * dilation, (kernel_size - 1 - before) * dilation))
+    fast = DepthwiseConv1d(6, kernel_size=kernel_size, dilation=dilation, causal=causal)
     assert_same(fast, stock, torch.randn(2, 6, num_frames))
     x = torch.randn(2, 6, num_frames, dtype=torch.float64)
     torch.testing.assert_close(fast.eval()(x), fast.train()(x), atol=1e-12, rtol=0)
