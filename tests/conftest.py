@@ -1,5 +1,6 @@
 """What many tests need: a small corpus of "speech", a way to run a script as a shell would, a trained checkpoint."""
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -21,6 +22,7 @@ import torch
 
 from data.manifest import write_manifest
 from launch import job
+from tests.golden_suite.suite import summary as golden_summary
 
 RATE = 8000
 # A network of a few hundred weights: what is tested is the framework around it.
@@ -39,6 +41,18 @@ TINY = [
     "data.loader.num_workers=0",
     "trainer.accelerator=cpu",
 ]
+
+
+def _existing_folder(text: str) -> str:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {text}")
+    return str(Path(text).resolve())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    folder = Path(__file__).parent / "golden"
+    parser.addoption("--golden-dir", type=_existing_folder, default=str(folder), help="golden files, one folder each")
+    parser.addoption("--system", default=None, help="golden cases of this system only")
 
 
 @dataclass
@@ -140,7 +154,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many commands of tests/commands are held, and how many wait for their issue."""
+    """Commands of tests/commands that are held and that wait for their issue; golden cases and their errors."""
     lines = [
         line
         for file in sorted((Path(__file__).parent / "commands").glob("*.txt"))
@@ -149,3 +163,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     pending = sum(bool(re.match(r"\d+\s+(run\s+)?#\d+", line)) for line in lines)
     terminalreporter.write_line(f"commands: {len(lines) - pending} held, {pending} pending")
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    properties = [named for report in reports for named in report.user_properties]
+    for line in golden_summary(value for name, value in properties if name == "golden"):
+        terminalreporter.write_line(line)
