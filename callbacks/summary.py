@@ -22,9 +22,10 @@ class Summary(pl.Callback):
     """Writes `<run directory>/summary.json` when training ends, however it ends, and again after a test.
 
     Keys: `metrics` (the last logged value of each `train_*` and `val_*`, and `test_*` after a test),
-    `best_checkpoint` (relative to the run directory), steps, wall_s, cpu_s, examples_per_s, data_wait_share and
-    peak_mem_mb of the Monitor callback, `versions`, and `status`: completed, stopped (by a signal) or failed. A value
-    that is not known, or not finite, is null. A test alone adds its metrics to a summary that is there.
+    `best_checkpoint` (relative to the run directory), `bad_files` (how many could not be used), steps, wall_s, cpu_s,
+    examples_per_s, data_wait_share and peak_mem_mb of the Monitor callback, `versions`, and `status`: completed,
+    stopped (by a signal) or failed. A value that is not known, or not finite, is null. A test alone adds its metrics
+    to a summary that is there.
     """
 
     def __init__(self) -> None:
@@ -74,6 +75,7 @@ class Summary(pl.Callback):
             "best_checkpoint": _best_checkpoint(trainer, folder),
             **cost,
             "steps": trainer.global_step,
+            "bad_files": len(getattr(trainer.datamodule, "bad_files", ())),  # type: ignore[attr-defined]
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,  # with its build, such as +cu130

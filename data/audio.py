@@ -4,9 +4,15 @@ Decisions that are not obvious
 * A crop is read with seek + read, never as a whole file. When it is resampled, the read starts on the common
   grid of both rates and carries a margin as long as the filter, so a crop equals the same slice of the whole
   resampled file: no edge effects, and what an item holds does not depend on how it was read.
+* MP3 is the exception: in a file of variable bit rate a seek ends beside the place, by a second or more. So it is
+  decoded from its beginning on, hundreds of times faster than it plays; convert recordings of an hour to FLAC.
 * A file is opened inside the call and closed before it returns: no handle ever crosses a fork.
-* A header that promises more samples than the file holds is an error. libsndfile would shorten a cut-off WAV
-  without a word.
+* A header that promises more samples than the file holds is an error. libsndfile would shorten a cut-off WAV,
+  OGG or OPUS file without a word, so their containers are looked at here. A cut-off FLAC or MP3 file is found when
+  its missing part is read.
+* The length of an MP3 file stands in its Xing or Info header. Without one (rare) a constant bit rate is assumed:
+  right for such a file, though a cut then shows only in a shorter duration; a file of variable bit rate comes out
+  too long or too short, write it again.
 """
 
 import math
@@ -32,6 +38,8 @@ PathLike = str | os.PathLike[str]
 
 _LFS_HEAD = b"version https://git-lfs"
 _UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 for streams without a length
+_OGG_HEADER = 27  # bytes of a page before its table of segment sizes; the last one counts the segments
+_MAX_OGG_PAGE = _OGG_HEADER + 255 + 255 * 255
 _FILTER_WIDTH = 6  # torchaudio's default lowpass_filter_width and rolloff, fixed here because the margin
 _ROLLOFF = 0.99  # of a crop is computed from them
 
@@ -137,6 +145,8 @@ def _open(path: PathLike) -> Iterator[sf.SoundFile]:
     head, size = _head(path)
     try:
         file = sf.SoundFile(path)
+    except UnicodeEncodeError:
+        raise AudioError(f"{str(path)!r}: its name is not UTF-8 text; rename it") from None
     except (sf.SoundFileError, OSError, TypeError) as error:
         raise AudioError(f"{path}: not a readable recording ({_reason(error)}); replace or remove it") from error
     with file:
@@ -144,7 +154,7 @@ def _open(path: PathLike) -> Iterator[sf.SoundFile]:
             raise AudioError(f"{path}: holds no samples; remove it from the data")
         if file.frames > _UNKNOWN_FRAMES:
             raise AudioError(f"{path}: its header states no length; write it again with a complete header")
-        missing = _missing_riff_bytes(head, size)
+        missing = _missing_riff_bytes(head, size) or _missing_ogg_bytes(path, head, size)
         if missing:
             raise AudioError(f"{path}: truncated, {missing} bytes are missing at its end; fetch it again")
         yield file
@@ -179,17 +189,33 @@ def _missing_riff_bytes(head: bytes, size: int) -> int:
     return max(0, promised + 8 - size - 1)  # writers differ about the pad byte
 
 
+def _missing_ogg_bytes(path: PathLike, head: bytes, size: int) -> int:
+    """How many bytes the last page of an OGG or OPUS file lacks (at least 1 if its header is cut); 0 for others."""
+    if head[:4] != b"OggS":
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _MAX_OGG_PAGE))
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < _OGG_HEADER or len(page) < _OGG_HEADER + page[_OGG_HEADER - 1]:
+        return 1
+    num_segments = page[_OGG_HEADER - 1]
+    return max(0, _OGG_HEADER + num_segments + sum(page[_OGG_HEADER : _OGG_HEADER + num_segments]) - len(page))
+
+
 def _read_frames(file: sf.SoundFile, path: PathLike, first: int, count: int) -> np.ndarray:
     """`count` frames from frame `first` on, averaged over channels, float32 `(count,)`."""
     try:
-        file.seek(first)
-        frames = file.read(count, dtype="float32", always_2d=True)  # (count, C)
+        passed = first if file.format == "MP3" else 0
+        file.seek(first - passed)
+        frames = file.read(passed + count, dtype="float32", always_2d=True)  # (passed + count, C)
     except sf.SoundFileError as error:
         raise AudioError(f"{path}: cannot be decoded ({_reason(error)}); replace or remove it") from error
-    if len(frames) < count:
+    if len(frames) < passed + count:
         raise AudioError(
-            f"{path}: truncated, {first + len(frames)} of {file.frames} frames can be read; fetch it again"
+            f"{path}: truncated, {first - passed + len(frames)} of {file.frames} frames can be read; fetch it again"
         )
+    frames = frames[passed:]
     mono = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError(f"{path}: holds NaN or infinite samples; replace or remove it")

@@ -7,6 +7,7 @@ Decisions that are not obvious
 * The loop counters themselves are Lightning's, and in some places it resumes them wrongly (a closed epoch
   with `max_steps`, a validation that was due). callbacks/resume.py mends that; this position fits what it
   does.
+* A file that cannot be used does not stop a run, see data/bad_files.py. What was found travels in the state, too.
 * Lightning stores the state under the class's `__qualname__`: renaming a subclass loses the position of old
   checkpoints.
 """
@@ -19,10 +20,12 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
+from data.bad_files import BadFiles, ResilientDataset
 from data.errors import DataError
 from data.loader import choose_loader_settings, make_loader
-from data.manifest import read_manifest, scan_speakers, split_by_speaker
+from data.manifest import read_manifest
 from data.sampler import EpochSampler
+from data.speakers import scan_speakers, split_by_speaker
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,8 @@ class SystemData(pl.LightningDataModule):
         eval_batch_size: examples per process in validation and test; None: `batch_size`.
         seed: seed of order and of all randomness in training examples.
         val_fixed: validation and test items are those of epoch 0, always.
+        max_bad_files: files that cannot be used and are passed over before the run is stopped.
+        max_bad_fraction: the same as a share of all files in the manifests; the larger number counts.
         loader: num_workers, prefetch_factor, pin_memory, persistent_workers, multiprocessing_context, as in
             `data.loader.choose_loader_settings`.
     """
@@ -69,6 +74,8 @@ class SystemData(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         seed: int = 0,
         val_fixed: bool = True,
+        max_bad_files: int = 10,
+        max_bad_fraction: float = 0.01,
         loader: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -88,13 +95,15 @@ class SystemData(pl.LightningDataModule):
         self.val_fixed = val_fixed
         self.loader = dict(loader or {})
         self._rows: dict[str, list[dict[str, Any]]] = {}
-        self._datasets: dict[str, Dataset | None] = {}
+        self._bad_files = BadFiles(max_files=max_bad_files, max_fraction=max_bad_fraction)
+        self._datasets: dict[str, ResilientDataset | None] = {}
         self._resumed = dict(_START)
 
     def dataset(self, stage: str) -> Dataset | None:
         """The dataset of a stage (train, val, test), or None when it has no data. Called once per stage.
 
-        It is indexed with the pair `(index, epoch)`.
+        It is indexed with the pair `(index, epoch)`. Where it raises an AudioError (any FileError), the example is
+        replaced by the next one.
         """
         raise NotImplementedError
 
@@ -110,8 +119,32 @@ class SystemData(pl.LightningDataModule):
             if self.speech_dir is not None:
                 self._rows = split_by_speaker(scan_speakers(self.speech_dir))
             else:
-                self._rows[stage] = read_manifest(Path(str(self.manifests[stage])))
+                self._rows[stage] = self.read_rows(str(self.manifests[stage]))
         return self._rows[stage]
+
+    def read_rows(self, manifest: str) -> list[dict[str, Any]]:
+        """The rows of a manifest; files that are missing count as bad.
+
+        Raises:
+            DataError: the manifest cannot be read, or too many of its files are missing.
+        """
+        rows = read_manifest(Path(manifest))
+        self._bad_files.watch(rows)
+        return rows
+
+    @property
+    def bad_files(self) -> dict[str, str]:
+        """Files that could not be used so far: path -> what is wrong, with the manifest line."""
+        return dict(self._bad_files.found)
+
+    def merge_bad_files(self, found: dict[str, str]) -> None:
+        """Add what all processes have found, which callbacks/bad_files.py collects.
+
+        Raises:
+            DataError: these are too many.
+        """
+        self._bad_files.merge(found)
+        self._bad_files.check()
 
     def setup(self, stage: str | None = None) -> None:
         """Read what a Trainer function (fit, validate, test, predict) needs.
@@ -124,7 +157,8 @@ class SystemData(pl.LightningDataModule):
             if not self.has_data(part) and not optional:
                 raise DataError(f"no data for {part}: set data.{part}_manifest=<file> or data.speech_dir=<folder>")
             if part not in self._datasets:
-                self._datasets[part] = self.dataset(part) if self.has_data(part) else None
+                dataset = self.dataset(part) if self.has_data(part) else None
+                self._datasets[part] = None if dataset is None else ResilientDataset(dataset, self._bad_files)
 
     def train_dataloader(self) -> DataLoader | list:
         return self._loader("train")
@@ -152,8 +186,11 @@ class SystemData(pl.LightningDataModule):
             skip=self._resumed["items"] // world if training else 0,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done.
+
+        And the bad files found so far.
+        """
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
@@ -163,11 +200,13 @@ class SystemData(pl.LightningDataModule):
         elif batches.is_last_batch or batch >= self.trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
         _, world = self._rank_and_world()
-        return {"epoch": epoch, "batch": batch, "items": batch * self.batch_sizes["train"] * world}
+        items = batch * self.batch_sizes["train"] * world
+        return {"epoch": epoch, "batch": batch, "items": items, "bad_files": self.bad_files}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called by Lightning before it asks for the loader."""
-        self._resumed = dict(state_dict)
+        self._resumed = {key: state_dict[key] for key in _START}
+        self._bad_files.found = {**state_dict.get("bad_files", {}), **self._bad_files.found}
         _, world = self._rank_and_world()
         if state_dict["items"] != state_dict["batch"] * self.batch_sizes["train"] * world:
             log.warning(
@@ -188,10 +227,11 @@ class SystemData(pl.LightningDataModule):
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             return []
         sampler = self.sampler(stage, dataset)
+        self._bad_files.num_processes = sampler.num_replicas
         batch_size = self.batch_sizes[stage]
         if sampler.drop_last and len(sampler) < batch_size:
             raise DataError(
-                f"{len(dataset)} training examples are not one batch of {batch_size} on each of"  # type: ignore[arg-type]
+                f"{len(dataset)} training examples are not one batch of {batch_size} on each of"
                 f" {sampler.num_replicas} process(es): lower data.batch_size or add data"
             )
         trainer = self.trainer
@@ -199,7 +239,7 @@ class SystemData(pl.LightningDataModule):
             dataset,
             sampler=sampler,
             batch_size=batch_size,
-            collate_fn=getattr(dataset, "collate", None),
+            collate_fn=dataset.collate,
             accelerator="cpu" if trainer is None else trainer.strategy.root_device.type,
             processes=1 if trainer is None else trainer.num_devices,
             **self.loader,

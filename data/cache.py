@@ -3,7 +3,7 @@
 Kept as 16-bit integers, half the size of floats. A 16-bit recording that needs no resampling comes back bit
 for bit; any other is rounded to 16 bits (about -98 dB). A recording with levels above 1 is kept with a
 scale of its own, so it is not clipped. Each process (each loader worker) fills a cache of its own, when a
-recording is first asked for.
+recording is first asked for; that one cannot be read is remembered too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class RowReader:
             (row["audio_filepath"], row.get("offset", 0.0), row["duration"] if "offset" in row else None)
             for row in rows
         ]
-        self._kept: dict[int, tuple[Tensor, float]] = {}
+        self._kept: dict[int, tuple[Tensor, float] | str] = {}  # integers and scale, or why there are none
 
     def read(self, row: int, *, start: int, count: int) -> Tensor:
         """`count` samples of row number `row` from sample `start` on, fewer if the recording ends before.
@@ -62,9 +62,15 @@ class RowReader:
                 duration_s=count / self.sample_rate,
             )
         if row not in self._kept:
-            whole = read_audio(path, sample_rate=self.sample_rate, offset_s=offset_s, duration_s=duration_s)
-            self._kept[row] = _to_int16(whole)
-        kept, scale = self._kept[row]
+            try:
+                whole = read_audio(path, sample_rate=self.sample_rate, offset_s=offset_s, duration_s=duration_s)
+                self._kept[row] = _to_int16(whole)
+            except AudioError as error:
+                self._kept[row] = str(error)
+        kept = self._kept[row]
+        if isinstance(kept, str):
+            raise AudioError(kept)
+        kept, scale = kept
         if start >= len(kept):
             raise AudioError(f"{path}: shorter ({len(kept) / self.sample_rate:g} s) than its manifest says")
         return kept[start : start + count].float() * scale

@@ -5,20 +5,24 @@ So an interrupted making is recognised, and only files of a corpus of ours are e
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.audio import atomic_path, audio_info, read_audio
 from data.errors import DataError
-from data.manifest import read_manifest
+from data.manifest import is_mixture, path_keys, read_manifest
 
 DESCRIPTION = "corpus.json"
 SPLITS = ("train", "val", "test")
 
 _DURATION_TOLERANCE_S = 0.02
 _TAIL_S = 0.05
+_MAX_SUMS = 200  # mixtures of a split that are added up
+_STEP = 1 / 32768  # of 16 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,33 +125,50 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
                 path.parent.rmdir()
 
 
-def check_splits(folder: Path, *, prefix: str = "", owner: str = "speaker") -> list[str]:
-    """One line per problem of the manifests `<prefix>{train,val,test}.jsonl` that are in `folder`.
+def check_splits(
+    folder: Path, *, prefix: str = "", suffix: str = "", owner: str = "speaker", shared: Collection[str] = ()
+) -> list[str]:
+    """One line per problem of the manifests `<prefix>{train,val,test}<suffix>.jsonl` that are in `folder`.
 
     Every recording must be readable up to the end that its row states, and neither a recording nor an owner
-    (the value of that key: the speaker, the room) may be in two splits. The train manifest must exist.
+    (the value of that key: the speaker, the room) may be in two splits. The files of a fixed mixture must be equally
+    long and add up to it; of more than 200 in a split, 200 are tried, and one line on stdout says so. There must be
+    at least one manifest.
+
+    Args:
+        folder: where the manifests are.
+        prefix, suffix: of their names.
+        owner: key whose values belong to one split.
+        shared: two splits that may have owners in common.
     """
+    paths = {split: folder / f"{prefix}{split}{suffix}.jsonl" for split in SPLITS}
+    if not any(path.exists() for path in paths.values()):
+        return [f"{paths['train']}: no such manifest; check the path"]
     problems: list[str] = []
-    seen: dict[str, str] = {}
-    for split in SPLITS:
-        path = folder / f"{prefix}{split}.jsonl"
-        if split != "train" and not path.exists():
+    seen: dict[tuple[str, str], str] = {}  # ("file" or "owner", its name) -> split
+    for split, path in paths.items():
+        if not path.exists():
             continue
         try:
             rows = read_manifest(path)
         except DataError as error:
             problems.append(str(error))
             continue
-        problems += [problem for row in rows for problem in _check_row(row)]
-        owned = {row[key] for row in rows for key in ("audio_filepath", owner) if key in row}
-        problems += [f"{path}: {name} is also in {prefix}{seen[name]}.jsonl" for name in sorted(owned & seen.keys())]
+        problems += [problem for row in rows for key in path_keys(row) for problem in _check_file(row, row[key])]
+        problems += _check_sums([row for row in rows if is_mixture(row)], path)
+        owned = {("file", row[key]) for row in rows for key in path_keys(row)}
+        owned |= {("owner", row[owner]) for row in rows if owner in row}
+        for sort, name in sorted(owned & seen.keys()):
+            other = seen[sort, name]
+            if sort == "file" or {split, other} != set(shared):
+                problems.append(f"{path}: {name} is also in {paths[other].name}")
         seen |= dict.fromkeys(owned, split)
     return problems
 
 
-def _check_row(row: dict[str, Any]) -> list[str]:
-    """Compare a row with its file; reading the tail finds a cut-off file at the price of one seek."""
-    path, end_s = row["audio_filepath"], row.get("offset", 0.0) + row["duration"]
+def _check_file(row: dict[str, Any], path: str) -> list[str]:
+    """Compare a row with a file of it; reading the tail finds a cut-off file at the price of one seek."""
+    end_s = row.get("offset", 0.0) + row["duration"]
     try:
         info = audio_info(path)
         if info.duration_s < end_s - _DURATION_TOLERANCE_S or (
@@ -157,4 +178,30 @@ def _check_row(row: dict[str, Any]) -> list[str]:
         read_audio(path, sample_rate=info.sample_rate, offset_s=max(0.0, info.duration_s - _TAIL_S))
     except DataError as error:
         return [str(error)]
+    return []
+
+
+def _check_sums(rows: list[dict[str, Any]], path: Path) -> list[str]:
+    """What does not add up among the mixtures of a manifest, evenly spaced ones if they are many."""
+    tried = rows
+    if len(rows) > _MAX_SUMS:
+        tried = [rows[index * len(rows) // _MAX_SUMS] for index in range(_MAX_SUMS)]
+        print(f"{path}: {_MAX_SUMS} of {len(rows)} mixtures are added up")
+    return [problem for row in tried for problem in _check_sum(row)]
+
+
+def _check_sum(row: dict[str, Any]) -> list[str]:
+    """Add up the sources (and the noise) of a fixed mixture; each file may be off by one step of 16 bits."""
+    mix, parts = row["mix_filepath"], [row[key] for key in path_keys(row) if key != "mix_filepath"]
+    try:
+        rate = audio_info(mix).sample_rate
+        mixture, *signals = (read_audio(path, sample_rate=rate) for path in (mix, *parts))
+    except DataError:
+        return []  # a file that cannot be read has had its line already
+    odd = next((part for part, signal in zip(parts, signals, strict=True) if len(signal) != len(mixture)), None)
+    if odd is not None:
+        return [f"{odd}: its length differs from that of its mixture {mix}"]
+    off = float((mixture - torch.stack(signals).sum(0)).abs().max())
+    if off > (1 + len(parts)) * _STEP:
+        return [f"{mix}: differs by up to {off:.2g} from the sum of {', '.join(Path(part).name for part in parts)}"]
     return []

@@ -18,7 +18,18 @@ class DataError(ValueError):
         super().__init__(message)
 
 
-class AudioError(DataError):
+class FileError(DataError):
+    """One file cannot be used; an example that needs it is replaced by another (data/bad_files.py).
+
+    The message begins with the file's path and ": ".
+    """
+
+    @property
+    def path(self) -> str:
+        return str(self).partition(": ")[0].strip("'\"")  # a strange name is shown in quotes
+
+
+class AudioError(FileError):
     """One recording cannot be read or written."""
 
 

@@ -6,6 +6,7 @@ Decisions that are not obvious
 * The loader has a random generator of its own. Otherwise every new iterator draws a number from the global
   one and a resumed run, which makes its iterators at other moments, would continue with other random
   numbers.
+* A dataset with a method `receive` is given each batch in the main process, when it is used, and may change it.
 * Torch itself limits each worker to one thread (`torch.get_num_threads() == 1` there; a test keeps an eye
   on it).
 """
@@ -13,7 +14,7 @@ Decisions that are not obvious
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def make_loader(
         cores=available_cores(),
         processes=processes,
     )
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -128,6 +129,14 @@ def make_loader(
         generator=torch.Generator(),
         **settings,
     )
+
+
+class _Loader(DataLoader):
+    """See the head of this file about `receive`."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches, receive = super().__iter__(), getattr(self.dataset, "receive", None)
+        return batches if receive is None else map(receive, batches)
 
 
 def _prepare_worker(worker: int) -> None:

@@ -1,189 +1,57 @@
-"""Mixtures of talkers, made on the fly from recordings of single talkers.
+"""Data of the separation system: mixtures drawn from single talkers, or mixtures that were made once and for all.
 
-Decisions that are not obvious
-* Every training epoch draws new speakers, crops and levels; validation and test mixtures are those of epoch
-  0 with a seed of their own, the same in every run, whatever the training seed is.
-* `mixture` is the sum of `sources`, computed last: one common gain sets the level of both, nothing is
-  clipped, and a mixture that would pass full scale is turned down as a whole. A loss that needs mixture =
-  sum of sources holds.
+A manifest of talkers (rows with `audio_filepath`, `speaker`) is mixed on the fly, one of mixtures (`mix_filepath`,
+`s1_filepath`, …) is read as it is; each of train, val and test may be either.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.augment import speed_ratios
 from data.base import SystemData
-from data.cache import RowReader, cached_mb
+from data.dynamic_mixtures import MixtureDataset
 from data.errors import DataError
-from data.sampler import ItemKey, item_key
+from data.fixed_mixtures import FixedMixtureDataset
+from data.manifest import is_mixture
 
-_SILENCE_DB = -45.0  # RMS below which a crop holds hardly any speech: pauses lie near -60, speech near -25 dB
-_TRIES = 4
-_EMPTY_RMS = 1e-6  # below this a source is silence, which no gain may turn into noise
+log = logging.getLogger(__name__)
 
-
-def mix(sources: Tensor, *, relative_db: Tensor, level_db: float) -> tuple[Tensor, Tensor]:
-    """Set the levels of sources and add them up.
-
-    Args:
-        sources: one signal per talker, of any level.
-        relative_db: RMS of the first source over that of each further one, in dB.
-        level_db: RMS of the mixture, dB relative to full scale. Lower where it would pass full scale
-            otherwise.
-
-    Returns:
-        Mixture and sources; the mixture is exactly `sources.sum(0)`.
-
-    Shape:
-        sources `(C, T)`, relative_db `(C - 1,)` -> `(T,)`, `(C, T)`.
-    """
-    rms = _rms(sources)  # (C,)
-    wanted = torch.cat([torch.ones(1), 10 ** (-relative_db.float() / 20)])  # (C,)
-    gains = torch.where(rms > _EMPTY_RMS, wanted / rms.clamp(min=_EMPTY_RMS), torch.zeros(()))
-    sources = sources * gains[:, None]
-    mixture = sources.sum(0)
-    level = _rms(mixture)
-    if level > _EMPTY_RMS:
-        sources = sources * torch.minimum(10 ** (level_db / 20) / level, 1 / mixture.abs().max())
-    return sources.sum(0), sources
-
-
-class MixtureDataset(Dataset):
-    """Item `(index, epoch)`: `num_sources` different speakers, a crop of each, random levels.
-
-    Everything random is drawn from `np.random.default_rng([seed, epoch, index])`. A crop is drawn again, up
-    to three times, when it is nearly silent; then the loudest is taken. A speaker's utterance that is
-    shorter than the segment is continued with that speaker's next utterances.
-
-    Args:
-        rows: manifest rows with `audio_filepath`, `duration`, `speaker`.
-        num_items: mixtures per epoch.
-        num_sources: talkers per mixture.
-        sample_rate: rate of the signals in Hz.
-        segment_s: length in seconds.
-        snr_db: range of the first talker's level over that of each other, dB.
-        level_db: RMS of the mixture, dB relative to full scale.
-        seed: see above.
-        cache: keep decoded recordings in memory; "auto": when all of them take no more than `cache_limit_mb`.
-        cache_limit_mb: see `cache`; each loader worker has a cache of its own.
-
-    Shape:
-        An item is {"mixture": float32 `(T,)`, "sources": float32 `(C, T)`, "length": int64 `()` samples}.
-
-    Raises:
-        DataError: too few speakers, or a row without speaker.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        *,
-        num_items: int,
-        num_sources: int = 2,
-        sample_rate: int = 8000,
-        segment_s: float = 3.0,
-        snr_db: tuple[float, float] = (-5.0, 5.0),
-        level_db: float = -25.0,
-        seed: int = 0,
-        cache: bool | str = "auto",
-        cache_limit_mb: float = 1024,
-    ) -> None:
-        rows_of: dict[str, list[int]] = {}
-        for number, row in enumerate(rows):
-            if not row.get("speaker"):
-                raise DataError(f"{row['audio_filepath']}: its manifest row has no speaker, which mixing needs")
-            rows_of.setdefault(row["speaker"], []).append(number)
-        if len(rows_of) < num_sources:
-            raise DataError(
-                f"{len(rows_of)} speaker(s) in the manifest, mixtures of {num_sources} need as many:"
-                f" the first row is {rows[0]['audio_filepath']}"
-            )
-        self.num_items = num_items
-        self.num_sources = num_sources
-        self.num_samples = round(segment_s * sample_rate)
-        self.snr_db = snr_db
-        self.level_db = level_db
-        self.seed = seed
-        self._rows_of = [rows_of[speaker] for speaker in sorted(rows_of)]
-        if cache == "auto":
-            cache = cached_mb(rows, sample_rate=sample_rate) <= cache_limit_mb
-        self._audio = RowReader(rows, sample_rate=sample_rate, cache=bool(cache))
-
-    def __len__(self) -> int:
-        return self.num_items
-
-    def __getitem__(self, key: ItemKey | int) -> dict[str, Tensor]:
-        index, epoch = item_key(key)
-        if not 0 <= index < self.num_items:
-            raise IndexError(f"item {index} of {self.num_items}")
-        rng = np.random.default_rng([self.seed, epoch, index])
-        speakers = rng.choice(len(self._rows_of), self.num_sources, replace=False)
-        relative_db = torch.from_numpy(rng.uniform(*self.snr_db, self.num_sources - 1))
-        sources = torch.stack([self._talk(rng, self._rows_of[speaker]) for speaker in speakers])  # (C, T)
-        mixture, sources = mix(sources, relative_db=relative_db, level_db=self.level_db)
-        return {"mixture": mixture, "sources": sources, "length": torch.tensor(self.num_samples)}
-
-    @staticmethod
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack items; the mixture is added up in the batch's own order of summation, so that it stays exact.
-
-        Shape:
-            mixture `(B, T)`, sources `(B, C, T)`, length `(B,)`.
-        """
-        sources = torch.stack([item["sources"] for item in items])
-        length = torch.stack([item["length"] for item in items])
-        return {"mixture": sources.sum(1), "sources": sources, "length": length}
-
-    def _talk(self, rng: np.random.Generator, rows: list[int]) -> Tensor:
-        """A segment of one speaker that is not silent, if that can be had. `(T,)`"""
-        best, best_rms = torch.zeros(self.num_samples), -1.0
-        for _ in range(_TRIES):
-            crop = self._crop(rng, rows)
-            rms = float(_rms(crop))
-            if rms > best_rms:
-                best, best_rms = crop, rms
-            if rms >= 10 ** (_SILENCE_DB / 20):
-                break
-        return best
-
-    def _crop(self, rng: np.random.Generator, rows: list[int]) -> Tensor:
-        """A random crop of a random utterance, continued with the next ones where it is too short. `(T,)`"""
-        position = int(rng.integers(len(rows)))
-        pieces, missing = [], self.num_samples
-        while missing > 0:
-            row = rows[position % len(rows)]
-            available = self._audio.num_samples[row]
-            count = min(available, missing)
-            start = int(rng.integers(available - count + 1))
-            piece = self._audio.read(row, start=start, count=count)
-            pieces.append(piece)
-            missing -= len(piece)
-            position += 1
-        return torch.cat(pieces)
+_MAX_SOURCES = 8  # what the permutation-invariant loss is made for
 
 
 class SeparationData(SystemData):
-    """Data of the separation system: mixtures drawn from manifests of single talkers.
+    """Data of the separation system.
 
-    Batch: {"mixture": `(B, T)`, "sources": `(B, C, T)`, "length": `(B,)`}, see `MixtureDataset`.
+    Batch: {"mixture": `(B, T)`, "sources": `(B, C, T)`, "length": `(B,)` samples, "name": list of B}, with noise also
+    "noise": `(B, T)`; see `MixtureDataset` and `FixedMixtureDataset`. `mixture == sources.sum(1)` (`+ noise`) exactly.
 
     Args:
         sample_rate: rate of all signals in Hz.
-        num_sources: talkers per mixture.
+        num_sources: talkers per mixture, 2 to 8.
         segment_s: length of a training mixture in seconds.
-        eval_segment_s: length of a validation or test mixture in seconds.
-        snr_db: [low, high], the range of level differences between talkers in dB.
-        level_db: RMS of a mixture, dB relative to full scale.
-        train_mixtures: mixtures per epoch.
-        val_mixtures: validation mixtures; 0: no validation.
-        test_mixtures: test mixtures.
+        eval_segment_s: length of a validation or test mixture in seconds; fixed mixtures are taken whole.
+        level_db: RMS of a mixture, dB relative to full scale; None: as recorded.
         eval_seed: seed of the validation mixtures; the test mixtures have the next one.
+
+        Of mixtures of single talkers only:
+        snr_db: [low, high], the range of level differences between talkers in dB.
+        gain_db: in training, a talker's level changes by up to that many dB,
+        gain_p: with this probability.
+        speed: in training, factors of which each talker gets one.
+        noise_manifest: recordings of noise for training; None: no noise.
+        val_noise_manifest: the same for validation.
+        test_noise_manifest: the same for the test.
+        noise_snr_db: [low, high], the range of the talkers' level over the noise in dB.
+        noise_p: in training, the share of mixtures with noise.
+        train_mixtures: mixtures per epoch.
+        val_mixtures: validation mixtures; 0: no validation, of any kind.
+        test_mixtures: test mixtures; 0: no test.
         cache: true, false, or auto: on for a stage whose recordings take no more than `cache_limit_mb`.
         cache_limit_mb: see `cache`; counted per stage and per loader worker.
+
         Others: as `SystemData`.
     """
 
@@ -198,17 +66,27 @@ class SeparationData(SystemData):
         eval_batch_size: int | None = None,
         seed: int = 0,
         val_fixed: bool = True,
+        max_bad_files: int = 10,
+        max_bad_fraction: float = 0.01,
         loader: dict[str, Any] | None = None,
         sample_rate: int = 8000,
         num_sources: int = 2,
         segment_s: float = 3.0,
         eval_segment_s: float = 4.0,
+        level_db: float | None = -25.0,
+        eval_seed: int = 5,
         snr_db: Sequence[float] = (-5.0, 5.0),
-        level_db: float = -25.0,
+        gain_db: float = 3.0,
+        gain_p: float = 0.5,
+        speed: Sequence[float] = (1.0,),
+        noise_manifest: str | None = None,
+        val_noise_manifest: str | None = None,
+        test_noise_manifest: str | None = None,
+        noise_snr_db: Sequence[float] = (5.0, 20.0),
+        noise_p: float = 1.0,
         train_mixtures: int = 2000,
         val_mixtures: int = 60,
         test_mixtures: int = 60,
-        eval_seed: int = 5,
         cache: bool | str = "auto",
         cache_limit_mb: float = 1024,
     ) -> None:
@@ -221,16 +99,20 @@ class SeparationData(SystemData):
             eval_batch_size=eval_batch_size,
             seed=seed,
             val_fixed=val_fixed,
+            max_bad_files=max_bad_files,
+            max_bad_fraction=max_bad_fraction,
             loader=loader,
         )
-        if num_sources < 2:
-            raise ValueError(f"num_sources must be 2 or more, got {num_sources}")
+        if not 2 <= num_sources <= _MAX_SOURCES:
+            raise ValueError(f"num_sources must be 2 to {_MAX_SOURCES}, got {num_sources}")
         if sample_rate <= 0 or segment_s <= 0 or eval_segment_s <= 0:
             raise ValueError(
                 f"sample_rate {sample_rate}, segment_s {segment_s}, eval_segment_s {eval_segment_s}: must be positive"
             )
-        if len(snr_db) != 2 or snr_db[0] > snr_db[1]:
-            raise ValueError(f"snr_db must be [low, high], got {list(snr_db)}")
+        if not gain_db >= 0 or not 0 <= gain_p <= 1 or not 0 <= noise_p <= 1:
+            raise ValueError(
+                f"gain_db {gain_db} must be 0 or more, gain_p {gain_p} and noise_p {noise_p} probabilities from 0 to 1"
+            )
         if train_mixtures < 1 or val_mixtures < 0 or test_mixtures < 0:
             raise ValueError(
                 f"train_mixtures {train_mixtures} must be 1 or more, val_mixtures {val_mixtures} and"
@@ -238,17 +120,23 @@ class SeparationData(SystemData):
             )
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache must be true, false or auto, got {cache!r}")
+        speed_ratios(speed)  # refuses bad values here, not when training starts
         self.num_mixtures = {"train": train_mixtures, "val": val_mixtures, "test": test_mixtures}
         self.segments_s = {"train": segment_s, "val": eval_segment_s, "test": eval_segment_s}
         self.seeds = {"train": seed, "val": eval_seed, "test": eval_seed + 1}
+        self.noise_manifests = {
+            "train": noise_manifest,
+            "val": val_noise_manifest,
+            "test": test_noise_manifest,
+        }
+        self.common: dict[str, Any] = {"num_sources": num_sources, "sample_rate": sample_rate, "level_db": level_db}
         self.mixing: dict[str, Any] = {
-            "num_sources": num_sources,
-            "sample_rate": sample_rate,
-            "snr_db": (float(snr_db[0]), float(snr_db[1])),
-            "level_db": level_db,
+            "snr_db": _interval("snr_db", snr_db),
+            "noise_snr_db": _interval("noise_snr_db", noise_snr_db),
             "cache": cache,
             "cache_limit_mb": cache_limit_mb,
         }
+        self.augmentation: dict[str, Any] = {"gain_db": gain_db, "gain_p": gain_p, "speed": speed, "noise_p": noise_p}
 
     def has_data(self, stage: str) -> bool:
         return self.num_mixtures[stage] > 0 and super().has_data(stage)
@@ -257,15 +145,30 @@ class SeparationData(SystemData):
         rows = self.rows(stage)
         if rows is None:
             return None
-        return MixtureDataset(
-            rows,
-            num_items=self.num_mixtures[stage],
-            segment_s=self.segments_s[stage],
-            seed=self.seeds[stage],
-            **self.mixing,
-        )
+        training, noise_manifest = stage == "train", self.noise_manifests[stage]
+        common = self.common | {"seed": self.seeds[stage]}
+        if not is_mixture(rows[0]):
+            return MixtureDataset(
+                rows,
+                num_items=self.num_mixtures[stage],
+                segment_s=self.segments_s[stage],
+                noise_rows=None if noise_manifest is None else self.read_rows(noise_manifest),
+                **common,
+                **self.mixing,
+                **(self.augmentation if training else {}),
+            )
+        if noise_manifest is not None:
+            key = "noise_manifest" if training else f"{stage}_noise_manifest"
+            raise DataError(
+                f"data.{key}={noise_manifest}: the mixtures of {self.manifests[stage]} are fixed, their noise stands"
+                " in their own rows (noise_filepath); set it to null"
+            )
+        if training:
+            log.info("the training mixtures are fixed: data.snr_db, gain_db, speed and train_mixtures have no effect")
+        return FixedMixtureDataset(rows, segment_s=self.segments_s[stage] if training else None, **common)
 
 
-def _rms(signal: Tensor) -> Tensor:
-    """Root mean square over the last axis."""
-    return signal.square().mean(-1).sqrt()
+def _interval(name: str, value: Sequence[float]) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not value[0] <= value[1]:
+        raise ValueError(f"{name} must be [low, high], got {value!r}")
+    return float(value[0]), float(value[1])

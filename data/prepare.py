@@ -11,10 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.aishell3 import aishell3 as aishell3_rows
 from data.corpus import check_splits
 from data.demo import check_demo, make_demo
 from data.errors import DataError
-from data.manifest import read_manifest, scan_speakers, split_by_speaker, write_manifest
+from data.manifest import is_mixture, manifest_text, source_keys, write_manifest
+from data.mixture_corpora import Splits, talkers
+from data.mixture_corpora import librimix as librimix_rows
+from data.mixture_corpora import wsj0mix as wsj0mix_rows
+from data.speakers import scan_speakers, split_by_speaker
 
 MAX_PROBLEMS_SHOWN = 10
 
@@ -40,47 +45,135 @@ def demo(parser: argparse.ArgumentParser) -> Run:
 
 def manifest(parser: argparse.ArgumentParser) -> Run:
     """manifests for a folder of recordings, split by speaker"""
-    parser.add_argument("--input", help="folder of recordings, one sub-folder (or file name up to _ or -) per speaker")
-    parser.add_argument("--output", required=True, help="folder for train.jsonl, val.jsonl and test.jsonl")
+    _add_folders(parser, "folder of recordings, one sub-folder (or file name up to _ or -) per speaker")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the split (default: %(default)s)")
     parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of speakers (default: %(default)s)")
     parser.add_argument("--test-fraction", type=_share, default=0.1, help="share of speakers (default: %(default)s)")
+    parser.add_argument("--max-speakers", type=_at_least(1), help="choose so many speakers (default: all)")
 
-    def run(options: argparse.Namespace) -> list[str]:
-        if options.check:
-            return check_splits(Path(options.output))
-        if options.input is None:
-            return ["--input is missing: the folder of recordings"]
-        splits = split_by_speaker(
-            scan_speakers(options.input),
+    def make(options: argparse.Namespace) -> Splits:
+        return split_by_speaker(
+            scan_speakers(options.input, max_speakers=options.max_speakers, seed=options.seed),
             seed=options.seed,
             val_fraction=options.val_fraction,
             test_fraction=options.test_fraction,
         )
-        _write_splits(Path(options.output), splits)
+
+    return _check_or_write(make, check_splits)
+
+
+def librimix(parser: argparse.ArgumentParser) -> Run:
+    """Libri2Mix or Libri3Mix: manifests of its mixtures, and of its talkers (*_talkers.jsonl) to mix anew"""
+    _add_folders(parser, "Libri2Mix or Libri3Mix, as its own script makes it")
+    _add_version(parser)
+    parser.add_argument(
+        "--type", choices=("clean", "both", "single"), default="clean", help="mix_<type> (default: %(default)s)"
+    )
+
+    def make(options: argparse.Namespace) -> Splits:
+        rows = librimix_rows(options.input, sample_rate=options.sample_rate, mode=options.mode, kind=options.type)
+        return _with_talkers(rows)
+
+    return _check_or_write(make, lambda folder: check_splits(folder) + check_splits(folder, suffix="_talkers"))
+
+
+def wsj0mix(parser: argparse.ArgumentParser) -> Run:
+    """wsj0-2mix or wsj0-3mix: manifests of its mixtures, and of its talkers (*_talkers.jsonl) to mix anew"""
+    _add_folders(parser, "2speakers or 3speakers, with wav8k/min/{tr,cv,tt}/{mix,s1,s2} in it")
+    _add_version(parser)
+
+    def make(options: argparse.Namespace) -> Splits:
+        return _with_talkers(wsj0mix_rows(options.input, sample_rate=options.sample_rate, mode=options.mode))
+
+    def check(folder: Path) -> list[str]:
+        # The corpus itself takes the talkers of tr and cv from the same set.
+        return check_splits(folder) + check_splits(folder, suffix="_talkers", shared=("train", "val"))
+
+    return _check_or_write(make, check)
+
+
+def aishell3(parser: argparse.ArgumentParser) -> Run:
+    """AISHELL-3: manifests of its talkers; train and val are two parts of its train folder"""
+    _add_folders(parser, "data_aishell3, with train/wav and test/wav in it")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of all choices (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of train's (default: %(default)s)")
+    parser.add_argument("--max-speakers", type=_at_least(1), help="so many of train and of test (default: all)")
+    parser.add_argument("--max-hours", type=_positive, help="so many of train and of test (default: all)")
+
+    def make(options: argparse.Namespace) -> Splits:
+        return aishell3_rows(
+            options.input,
+            max_speakers=options.max_speakers,
+            max_hours=options.max_hours,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+        )
+
+    return _check_or_write(make, check_splits)
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "demo": demo,
+    "manifest": manifest,
+    "librimix": librimix,
+    "wsj0mix": wsj0mix,
+    "aishell3": aishell3,
+}
+
+
+def _add_folders(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--input", help=f"{what}; not needed with --check")
+    parser.add_argument("--output", required=True, help="folder for train.jsonl, val.jsonl and test.jsonl")
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    """Which of the versions that a mixture corpus comes in."""
+    parser.add_argument(
+        "--sample-rate", type=int, choices=(8000, 16000), default=8000, help="in Hz (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mode", choices=("min", "max"), default="min", help="cut to the shortest talker or not (default: %(default)s)"
+    )
+
+
+def _check_or_write(make: Callable[[argparse.Namespace], Splits], check: Callable[[Path], list[str]]) -> Run:
+    """What all commands do that write manifests: with --check look at those in --output, else make them."""
+
+    def run(options: argparse.Namespace) -> list[str]:
+        if options.check:
+            return check(Path(options.output))
+        if options.input is None:
+            return ["--input is missing: the folder of recordings"]
+        _write_manifests(Path(options.output), make(options))
         return []
 
     return run
 
 
-def _write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
-    """Write the manifests of the splits that have rows; one that is there already must say the same."""
-    paths = {split: folder / f"{split}.jsonl" for split in splits}
-    for split, path in paths.items():
-        if path.exists() and read_manifest(path) != splits[split]:
+def _with_talkers(splits: Splits) -> Splits:
+    """Manifests of fixed mixtures, and beside each one of their sources."""
+    return splits | {f"{split}_talkers": talkers(rows) for split, rows in splits.items()}
+
+
+def _write_manifests(folder: Path, manifests: Splits) -> None:
+    """Write the manifests that have rows; one that is there already must say the same, and is not touched."""
+    paths = {name: folder / f"{name}.jsonl" for name in manifests}
+    known = {name: path.exists() for name, path in paths.items()}
+    for name, path in paths.items():
+        if known[name] and path.read_bytes() != manifest_text(path, manifests[name]).encode():
             raise DataError(f"{path}: exists and says something else; remove it or choose another --output")
-    for split, rows in splits.items():
+    for name, rows in manifests.items():
         if rows:
-            known = paths[split].exists()
-            if not known:
-                write_manifest(paths[split], rows)
-            num_speakers = len({row["speaker"] for row in rows})
-            hours = sum(row["duration"] for row in rows) / 3600
-            state = ", unchanged" if known else ""
-            print(f"{paths[split]}: {num_speakers} speakers, {len(rows)} recordings, {hours:.2f} hours{state}")
+            if not known[name]:
+                write_manifest(paths[name], rows)
+            print(f"{paths[name]}: {_summary(rows)}{', unchanged' if known[name] else ''}")
 
 
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {"demo": demo, "manifest": manifest}
+def _summary(rows: list[dict[str, Any]]) -> str:
+    hours = sum(row["duration"] for row in rows) / 3600
+    if is_mixture(rows[0]):
+        return f"{len(rows)} mixtures of {len(source_keys(rows[0]))}, {hours:.2f} hours"
+    return f"{len({row['speaker'] for row in rows})} speakers, {len(rows)} recordings, {hours:.2f} hours"
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -101,7 +194,14 @@ def _share(text: str) -> float:
     return value
 
 
-_share.__name__ = "number"  # as above
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+_share.__name__ = _positive.__name__ = "number"  # as above
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from callbacks.summary import Summary
 FROZEN = {
     "metrics",
     "best_checkpoint",
+    "bad_files",
     "steps",
     "wall_s",
     "cpu_s",

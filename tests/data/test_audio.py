@@ -77,11 +77,76 @@ def test_a_part_longer_than_the_file_is_what_there_is(wav):
     assert len(read_audio(wav, sample_rate=16000, offset_s=0.9, duration_s=5.0)) == 1600
 
 
-@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
-def test_compressed_formats(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    sf.write(path, noise(16000), 16000)
-    assert len(read_audio(path, sample_rate=16000, offset_s=0.25, duration_s=0.5)) == 8000
+# How a format is written, and how much it may change a sample.
+FORMATS = {
+    "u8.wav": ({"subtype": "PCM_U8"}, 1 / 128),
+    "16.wav": ({"subtype": "PCM_16"}, 1 / 32768),
+    "24.wav": ({"subtype": "PCM_24"}, 1e-6),
+    "32.wav": ({"subtype": "PCM_32"}, 1e-6),
+    "float.wav": ({"subtype": "FLOAT"}, 0.0),
+    "a.flac": ({"subtype": "PCM_16"}, 1 / 32768),
+    "a.ogg": ({"format": "OGG", "subtype": "VORBIS"}, 0.05),
+    "a.opus": ({"format": "OGG", "subtype": "OPUS"}, 0.05),
+    "a.mp3": ({"format": "MP3"}, 0.05),
+}
+
+
+def melody(num_samples: int, rate: int) -> np.ndarray:
+    """What a lossy coder keeps: a tone that rises from 300 to 900 Hz."""
+    time = np.arange(num_samples) / rate
+    return (0.3 * np.sin(2 * np.pi * (300 + 300 * time / time[-1]) * time)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_read_from_any_sample_on(tmp_path, name):
+    how, coding = FORMATS[name]
+    original = melody(32000, 16000)
+    sf.write(tmp_path / name, original, 16000, **how)
+    whole = read_audio(tmp_path / name, sample_rate=16000)
+    assert len(whole) == 32000
+    difference = (whole - torch.from_numpy(original))[800:-800]  # OPUS fades its ends
+    assert float(difference.abs().max()) <= coding
+    for start, count in ((0, 1), (1, 999), (5000, 16000), (15999, 3), (31000, 1000)):
+        part = read_audio(tmp_path / name, sample_rate=16000, offset_s=start / 16000, duration_s=count / 16000)
+        assert torch.equal(part, whole[start : start + count])
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.opus", "a.mp3"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.97])
+def test_a_cut_off_file_is_found_when_it_is_read(tmp_path, name, kept):
+    path = tmp_path / name
+    how = FORMATS[name][0] if name in FORMATS else {}
+    sf.write(path, noise(32000), 16000, **how)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(AudioError, match=name):
+        read_audio(path, sample_rate=16000)
+    with pytest.raises(AudioError, match=name):
+        read_audio(path, sample_rate=8000, offset_s=1.95)
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.opus"])
+def test_every_cut_of_an_ogg_file_is_found_by_its_header(tmp_path, name):
+    sf.write(tmp_path / name, noise(16000), 16000, **FORMATS[name][0])
+    content = (tmp_path / name).read_bytes()
+    assert audio_info(tmp_path / name).num_frames == 16000
+    for size in np.random.default_rng(0).integers(64, len(content), 60):
+        (tmp_path / name).write_bytes(content[:size])
+        with pytest.raises(AudioError, match="truncated|not a readable recording|holds no samples"):
+            audio_info(tmp_path / name)
+
+
+def test_an_mp3_file_without_length_is_as_long_as_it_holds(tmp_path):
+    path = tmp_path / "a.mp3"
+    sf.write(path, noise(32000), 16000, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    content = path.read_bytes()
+    path.write_bytes(content[content.index(content[:2], 4) :])  # the first frame is the header with the length
+    full = audio_info(path).duration_s
+    assert abs(full - 2.0) < 0.15
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert abs(audio_info(path).duration_s - full / 2) < 0.1
+    assert len(read_audio(path, sample_rate=16000)) == audio_info(path).num_frames
+    with pytest.raises(AudioError, match="beyond the end"):
+        read_audio(path, sample_rate=16000, offset_s=1.5, duration_s=0.1)
 
 
 def broken(path, kind):

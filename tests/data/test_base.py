@@ -206,7 +206,7 @@ def test_the_position_in_the_checkpoint(tmp_path):
     }
     for name, (epoch, batch) in expected.items():
         state = torch.load(paths[name], weights_only=True)["PointData"]
-        assert state == {"epoch": epoch, "batch": batch, "items": batch * BATCH_SIZE}, name
+        assert state == {"epoch": epoch, "batch": batch, "items": batch * BATCH_SIZE, "bad_files": {}}, name
 
 
 def test_validation_items_are_fixed(tmp_path):
@@ -293,6 +293,8 @@ def test_too_little_data_for_a_batch():
         ({"batch_size": 0}, "batch_size"),
         ({"loader": {"workers": 2}}, r"loader\.workers"),
         ({"loader": {"num_workers": -2}}, "num_workers"),
+        ({"max_bad_files": -1}, "max_bad_files"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction"),
     ],
 )
 def test_bad_options_are_named(bad, says):

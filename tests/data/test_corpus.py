@@ -52,10 +52,19 @@ def test_a_description_cannot_remove_files_elsewhere(tmp_path: Path) -> None:
 def test_good_splits_have_no_problems(tmp_path: Path) -> None:
     make_splits(tmp_path)
     assert check_splits(tmp_path) == []
-    (tmp_path / "val.jsonl").unlink()  # val and test are optional
+    (tmp_path / "train.jsonl").unlink()  # a corpus may consist of a test split
+    (tmp_path / "val.jsonl").unlink()
     assert check_splits(tmp_path) == []
-    (tmp_path / "train.jsonl").unlink()
-    assert len(check_splits(tmp_path)) == 1
+    (tmp_path / "test.jsonl").unlink()
+    assert check_splits(tmp_path) == [f"{tmp_path}/train.jsonl: no such manifest; check the path"]
+
+
+def test_two_splits_may_share_owners(tmp_path: Path) -> None:
+    make_splits(tmp_path, speaker="speaker of train")
+    assert len(check_splits(tmp_path, shared=("train", "val"))) == 1
+    assert check_splits(tmp_path, shared=("train", "test")) == []
+    make_splits(tmp_path, speaker="speaker of train", audio_filepath="audio/train.flac")
+    assert len(check_splits(tmp_path, shared=("train", "test"))) == 1  # the recording, not the speaker
 
 
 @pytest.mark.parametrize(
@@ -85,3 +94,55 @@ def test_cut_off_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "audio" / "val.flac"
     path.write_bytes(path.read_bytes()[:-3000])
     assert len(check_splits(tmp_path)) == 1
+
+
+def make_mixtures(folder: Path, count: int, **noise: float) -> list[dict]:
+    """Fixed mixtures of 0.1 s in 16 bits, which name a noise file of that level if one is given."""
+    (folder / "audio").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        signals = {name: rng.uniform(-0.2, 0.2, 800) for name in ("s1", "s2")}
+        signals |= {name: rng.uniform(-level, level, 800) for name, level in noise.items()}
+        signals["mix"] = sum(signals.values())
+        for name, samples in signals.items():
+            sf.write(folder / "audio" / f"{number}_{name}.wav", samples, 8000)
+        rows.append({f"{name}_filepath": f"audio/{number}_{name}.wav" for name in signals} | {"duration": 0.1})
+    write_manifest(folder / "test.jsonl", rows)
+    return rows
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise": 0.1}])
+def test_mixtures_must_add_up(tmp_path: Path, noise: dict) -> None:
+    rows = make_mixtures(tmp_path, 3, **noise)
+    assert check_splits(tmp_path) == []
+    samples, _ = sf.read(tmp_path / rows[1]["s2_filepath"])
+    samples[400] += 8 / 32768  # more than rounding can explain
+    sf.write(tmp_path / rows[1]["s2_filepath"], samples, 8000)
+    problems = check_splits(tmp_path)
+    assert len(problems) == 1 and "1_mix.wav: differs by up to 0.0002" in problems[0]
+    sf.write(tmp_path / rows[1]["s2_filepath"], samples[:790], 8000)
+    assert "1_s2.wav: its length differs" in check_splits(tmp_path)[0]
+    (tmp_path / rows[1]["s2_filepath"]).write_bytes(b"")
+    problems = check_splits(tmp_path)
+    assert len(problems) == 1 and "1_s2.wav: is empty" in problems[0]
+    (tmp_path / rows[1]["s2_filepath"]).unlink()
+    if noise:
+        write_manifest(
+            tmp_path / "test.jsonl",
+            [{key: value for key, value in row.items() if key != "noise_filepath"} for row in rows[:1]],
+        )
+        assert "0_mix.wav: differs by up to 0.1" in check_splits(tmp_path)[0]
+
+
+def test_of_many_mixtures_some_are_added_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.corpus._MAX_SUMS", 3)
+    rows = make_mixtures(tmp_path, 7)
+    for row in rows:
+        row["s1_filepath"], row["s2_filepath"] = row["s1_filepath"], row["s1_filepath"]
+    write_manifest(tmp_path / "test.jsonl", rows)
+    problems = check_splits(tmp_path)
+    assert [problem.partition(": ")[0][-9:] for problem in problems] == ["0_mix.wav", "2_mix.wav", "4_mix.wav"]
+    assert capsys.readouterr().out == f"{tmp_path}/test.jsonl: 3 of 7 mixtures are added up\n"

@@ -1,16 +1,9 @@
 import json
 
-import numpy as np
 import pytest
-import soundfile as sf
 
-from data.errors import DataError, ManifestError
-from data.manifest import read_manifest, scan_speakers, split_by_speaker, write_manifest
-
-
-def record(path, seconds=0.1):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, np.zeros(int(8000 * seconds)), 8000)
+from data.errors import ManifestError
+from data.manifest import LINE_KEY, read_manifest, source_keys, write_manifest
 
 
 def test_paths_are_relative_to_the_manifest(tmp_path):
@@ -27,12 +20,14 @@ def test_paths_are_relative_to_the_manifest(tmp_path):
         "duration": 1.5,
         "speaker": "7",
         "note": [1],
+        "manifest_line": "a.jsonl, line 1",
     }
     assert rows[1] == {
         "audio_filepath": str(tmp_path / "b.wav"),
         "duration": 2.0,
         "offset": 0.5,
         "mix_filepath": str(path.parent / "m"),
+        "manifest_line": "a.jsonl, line 2",
     }
 
 
@@ -60,6 +55,10 @@ GOOD = '{"audio_filepath": "a.wav", "duration": 1.0}'
         (b'{"audio_filepath": "a.wav", "duration": 1, "offset": -1}', "offset must be a number"),
         (b'{"audio_filepath": "a.wav", "duration": 1, "speaker": ["x"]}', "speaker must be text"),
         (b'{"audio_filepath": "\xff.wav", "duration": 1}', "not UTF-8"),
+        (b'{"audio_filepath": "a.wav", "duration": 1}\0', "NUL byte"),
+        (b'{"audio_filepath": "a.wav", "duration": 1, "id": [1]}', "id must be text"),
+        (b'{"mix_filepath": "m.wav", "s1_filepath": "1.wav", "duration": 1}', "fixed mixture (mix_filepath) in a"),
+        (b'{"mix_filepath": "m.wav", "duration": 1}', "'s1_filepath' is missing"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, says):
@@ -79,10 +78,101 @@ def test_a_manifest_that_is_none(tmp_path):
             read_manifest(tmp_path / name)
 
 
+def test_rows_of_fixed_mixtures(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"mix_filepath": "m.wav", "s1_filepath": "1.wav", "s2_filepath": "/2.wav", "duration": 1, "id": 7}\n'
+        '{"mix_filepath": "m", "s1_filepath": "1", "duration": 1, "noise_filepath": "n.wav", "s2_filepath": null}'
+    )
+    rows = read_manifest(tmp_path / "a.jsonl")
+    assert rows[0]["id"] == "7" and rows[0]["s2_filepath"] == "/2.wav"
+    assert [source_keys(row) for row in rows] == [["s1_filepath", "s2_filepath"], ["s1_filepath"]]
+    assert rows[1]["noise_filepath"] == str(tmp_path / "n.wav")
+    assert source_keys({f"s{number}_filepath": "" for number in range(11, 0, -1)})[-1] == "s11_filepath"
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (
+            {"audio_filepath": "a.wav", "duration": 1},
+            "a talker (audio_filepath) in a manifest that begins with a fixed",
+        ),
+        (
+            {"mix_filepath": "m", "s1_filepath": "1", "s3_filepath": "3", "duration": 1},
+            "s3_filepath without all before",
+        ),
+    ],
+)
+def test_a_bad_line_among_fixed_mixtures(tmp_path, row, says):
+    first = {"mix_filepath": "m.wav", "s1_filepath": "1.wav", "s2_filepath": "2.wav", "duration": 1}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n")
+    with pytest.raises(ManifestError) as error:
+        read_manifest(tmp_path / "a.jsonl")
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}, line 2: ") and says in str(error.value)
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_csv_says_the_same_as_json_lines(tmp_path, bom):
+    (tmp_path / "a.CSV").write_text(
+        f"{bom}audio_filepath,duration,speaker, text,offset\r\n"
+        'é/a.wav,1.50,007,"one, ""two""",\r\n\r\n'
+        "/b.wav, 2,008,,0.25\r\n",
+        encoding="utf-8",
+    )
+    assert read_manifest(tmp_path / "a.CSV") == [
+        {
+            "audio_filepath": str(tmp_path / "é" / "a.wav"),
+            "duration": 1.5,
+            "speaker": "007",
+            "text": 'one, "two"',
+            "manifest_line": "a.CSV, line 2",
+        },
+        {
+            "audio_filepath": "/b.wav",
+            "duration": 2.0,
+            "speaker": "008",
+            "offset": 0.25,
+            "manifest_line": "a.CSV, line 4",
+        },
+    ]
+
+
+HEADER = b"audio_filepath,duration,speaker\n"
+
+
+@pytest.mark.parametrize(
+    "content, line, says",
+    [
+        (HEADER + b"a.wav,1,x\na.wav,1\n", 3, "2 fields, the header has 3"),
+        (HEADER + b"a,b.wav,1,x\n", 2, "4 fields, the header has 3"),
+        (HEADER + b"a.wav,long,x\n", 2, 'duration must be a number of seconds, got "long"'),
+        (HEADER + b"a.wav,nan,x\n", 2, "duration must be a number of seconds, got NaN"),
+        (HEADER + b"a.wav,,x\n", 2, "'duration' is missing (seconds; python -m data.prepare manifest writes it)"),
+        (HEADER + b",,\n", 2, "'audio_filepath' is missing"),
+        (HEADER + b"a\xff.wav,1,x\n", 2, "not UTF-8"),
+        (HEADER + b"a.wav\0,1,x\n", 2, "NUL byte"),
+        (HEADER + b'"a.wav,1,x\n', 2, "not valid CSV"),
+        (b"audio_filepath,duration,duration\n", 1, "column 'duration' is there twice"),
+        (b"audio_filepath,,duration\n", 1, "column 2 has no name"),
+        (b"audio_filepath;duration\na.wav;1\n", 1, "separated by commas"),
+        (b"file,duration\na.wav,1\n", 2, "'audio_filepath' is missing"),
+        (HEADER, None, "the manifest is empty"),
+        (b"", None, "the manifest is empty"),
+    ],
+)
+def test_a_bad_line_of_csv_is_named(tmp_path, content, line, says):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(path)
+    place = f"{path}, line {line}: " if line else f"{path}: "
+    assert str(error.value).startswith(place) and says in str(error.value) and "\n" not in str(error.value)
+
+
 def test_required_keys_can_be_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"image_filepath": "x.png"}\n')
     rows = read_manifest(tmp_path / "a.jsonl", required=("image_filepath",))
-    assert rows == [{"image_filepath": str(tmp_path / "x.png")}]
+    assert rows == [{"image_filepath": str(tmp_path / "x.png"), LINE_KEY: "a.jsonl, line 1"}]
 
 
 def test_write_makes_paths_relative_and_read_undoes_it(tmp_path):
@@ -94,78 +184,11 @@ def test_write_makes_paths_relative_and_read_undoes_it(tmp_path):
     write_manifest(path, rows)
     stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["audio_filepath"] for row in stored] == ["é/a.wav", str(tmp_path / "other" / "b.wav")]
-    assert read_manifest(path) == rows
+    read = read_manifest(path)
+    assert [{key: value for key, value in row.items() if key != LINE_KEY} for row in read] == rows
+    write_manifest(path, read)
+    assert LINE_KEY not in path.read_text(encoding="utf-8")  # it belongs to the file that was read
+    assert read_manifest(path) == read
     write_manifest(path, [{"audio_filepath": "é/../c.wav", "duration": 1.0}])
     assert read_manifest(path)[0]["audio_filepath"] == str(tmp_path / "set" / "c.wav")
     assert [entry.name for entry in path.parent.iterdir()] == ["train.jsonl"]
-
-
-def test_scan_names_speakers_and_leaves_out_what_cannot_be_read(tmp_path, caplog):
-    for name in ("anna/1/b.wav", "anna/a.FLAC", "bob-2/x.wav", "carl_07.wav", "dora-1.ogg", ".trash/y.wav"):
-        record(tmp_path / name)
-    (tmp_path / "anna" / "broken.wav").write_text("no audio")
-    (tmp_path / "anna" / "._a.wav").write_text("resource fork")
-    (tmp_path / "notes.txt").write_text("")
-    rows = scan_speakers(tmp_path)
-    assert [(row["audio_filepath"].removeprefix(f"{tmp_path}/"), row["speaker"]) for row in rows] == [
-        ("anna/1/b.wav", "anna"),
-        ("anna/a.FLAC", "anna"),
-        ("bob-2/x.wav", "bob-2"),
-        ("carl_07.wav", "carl"),
-        ("dora-1.ogg", "dora"),
-    ]
-    assert rows[0]["duration"] == 0.1
-    assert "broken.wav" in caplog.text and "._a" not in caplog.text
-
-
-def test_scan_of_nothing(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
-        scan_speakers(tmp_path / "missing")
-    with pytest.raises(DataError, match="no recordings"):
-        scan_speakers(tmp_path)
-    for number in range(12):
-        (tmp_path / f"{number}.wav").write_text("bad")
-    record(tmp_path / "good.wav")
-    with pytest.raises(DataError, match="12 of 13 recordings"):
-        scan_speakers(tmp_path)
-
-
-def rows_of(num_speakers, per_speaker=3):
-    return [
-        {"audio_filepath": f"/s{speaker}/{number}.wav", "duration": 1.0, "speaker": f"s{speaker}"}
-        for speaker in range(num_speakers)
-        for number in range(per_speaker)
-    ]
-
-
-def test_split_is_disjoint_complete_and_independent_of_order():
-    rows = rows_of(40)
-    splits = split_by_speaker(rows, seed=1)
-    speakers = {name: {row["speaker"] for row in part} for name, part in splits.items()}
-    assert {name: len(names) for name, names in speakers.items()} == {"train": 32, "val": 4, "test": 4}
-    assert sum(len(part) for part in splits.values()) == len(rows)
-    assert not (speakers["train"] & speakers["val"] | speakers["train"] & speakers["test"])
-    again = split_by_speaker(rows[::-1], seed=1)
-    assert {row["speaker"] for row in again["test"]} == speakers["test"]
-    assert {row["speaker"] for row in split_by_speaker(rows, seed=2)["test"]} != speakers["test"]
-
-
-def test_each_wanted_split_has_two_speakers():
-    splits = split_by_speaker(rows_of(6))
-    assert {name: len({row["speaker"] for row in part}) for name, part in splits.items()} == {
-        "train": 2,
-        "val": 2,
-        "test": 2,
-    }
-    assert split_by_speaker(rows_of(4), test_fraction=0)["test"] == []
-
-
-def test_split_errors():
-    with pytest.raises(DataError, match="5 speaker.s. found, at least 6"):
-        split_by_speaker(rows_of(5))
-    with pytest.raises(DataError, match="lower the fractions"):
-        split_by_speaker(rows_of(10), val_fraction=0.49, test_fraction=0.49)
-    with pytest.raises(DataError, match="no speaker given"):
-        split_by_speaker([{"audio_filepath": "/a.wav", "duration": 1.0}])
-    with pytest.raises(ValueError, match="fraction"):
-        split_by_speaker(rows_of(10), val_fraction=0.5, test_fraction=0.5)

@@ -3,156 +3,21 @@ import pytest
 import soundfile as sf
 import torch
 
-from data.errors import AudioError, DataError
+from data.errors import DataError
 from data.manifest import read_manifest, write_manifest
-from data.mixtures import MixtureDataset, SeparationData, mix
+from data.mixtures import SeparationData
 
 RATE = 8000
 
 
-def rms_db(signal):
-    return 20 * torch.log10(signal.square().mean(-1).sqrt())
-
-
-def corpus(folder, speakers=4, utterances=2, seconds=1.0, rate=RATE):
-    """Speaker n is a tone of 300 + 200 n Hz; each utterance has a level of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for speaker in range(speakers):
-        for number in range(utterances):
-            path = folder / f"s{speaker}_{number}.wav"
-            time = np.arange(int(seconds * rate)) / rate
-            sf.write(path, 0.1 * (1 + number) * np.sin(2 * np.pi * (300 + 200 * speaker) * time), rate)
-            rows.append({"audio_filepath": str(path), "duration": seconds, "speaker": f"s{speaker}"})
-    return rows
-
-
-def talker_of(signal):
-    """Which of the corpus' speakers a signal is."""
-    spectrum = torch.fft.rfft(signal * torch.hann_window(len(signal)))
-    return round((float(spectrum.abs().argmax()) * RATE / len(signal) - 300) / 200)
-
-
 def equal(one, other):
-    return all(torch.equal(one[name], other[name]) for name in ("mixture", "sources", "length"))
-
-
-@pytest.mark.parametrize("num_sources", [2, 3, 4, 5])
-def test_mix_sets_levels_and_adds_up_exactly(num_sources):
-    torch.manual_seed(0)
-    sources = torch.randn(num_sources, 4000) * torch.rand(num_sources, 1)
-    relative_db = torch.linspace(-4, 5, num_sources - 1)
-    mixture, scaled = mix(sources, relative_db=relative_db, level_db=-25.0)
-    assert torch.equal(mixture, scaled.sum(0))
-    torch.testing.assert_close(rms_db(scaled[:1]) - rms_db(scaled[1:]), relative_db, atol=1e-3, rtol=0)
-    assert abs(float(rms_db(mixture)) + 25) < 1e-3
-
-
-def test_mix_turns_down_what_would_pass_full_scale_and_leaves_silence_silent():
-    click = torch.zeros(2, 8000)
-    click[:, 100] = 1
-    mixture, sources = mix(click, relative_db=torch.zeros(1), level_db=-25.0)
-    assert 0.999 < float(mixture.abs().max()) <= 1.0
-    voice = torch.randn(8000)
-    mixture, sources = mix(torch.stack([voice, torch.zeros(8000)]), relative_db=torch.zeros(1), level_db=-25.0)
-    assert not sources[1].any() and abs(float(rms_db(mixture)) + 25) < 1e-3
-    mixture, sources = mix(torch.zeros(2, 10), relative_db=torch.zeros(1), level_db=-25.0)
-    assert not mixture.any() and not sources.any()
-
-
-@pytest.mark.parametrize("num_sources", [2, 3])
-def test_items_and_batches(tmp_path, num_sources):
-    dataset = MixtureDataset(corpus(tmp_path), num_items=4, num_sources=num_sources, segment_s=0.5)
-    items = [dataset[index, 0] for index in range(len(dataset))]
-    for item in items:
-        assert item["mixture"].shape == (4000,) and item["mixture"].dtype == torch.float32
-        assert item["sources"].shape == (num_sources, 4000)
-        assert item["length"].item() == 4000 and item["length"].dtype == torch.int64
-        assert torch.equal(item["mixture"], item["sources"].sum(0))
-        assert abs(float(rms_db(item["mixture"])) + 25) < 0.01
-        assert len({talker_of(source) for source in item["sources"]}) == num_sources
-        snr_db = rms_db(item["sources"][:1]) - rms_db(item["sources"][1:])
-        assert float(snr_db.abs().max()) < 5.01
-    batch = dataset.collate(items)
-    assert batch["mixture"].shape == (4, 4000) and batch["length"].tolist() == [4000] * 4
-    assert torch.equal(batch["mixture"], batch["sources"].sum(1))
-
-
-@pytest.mark.parametrize("cache", [True, False])
-def test_an_item_is_a_function_of_seed_epoch_and_index(tmp_path, cache):
-    rows = corpus(tmp_path)
-    dataset = MixtureDataset(rows, num_items=8, segment_s=0.5, cache=cache)
-    again = MixtureDataset(rows, num_items=8, segment_s=0.5, cache=cache)
-    again[7, 5]
-    assert equal(dataset[3, 2], again[3, 2])
-    assert equal(dataset[3], dataset[3, 0])
-    for other in (dataset[3, 1], dataset[2, 2], MixtureDataset(rows, num_items=8, segment_s=0.5, seed=1)[3, 2]):
-        assert not equal(dataset[3, 2], other)
-    with pytest.raises(IndexError):
-        dataset[8, 0]
-
-
-def test_pairs_change_with_the_epoch_and_all_speakers_take_part(tmp_path):
-    dataset = MixtureDataset(corpus(tmp_path), num_items=6, segment_s=0.25)
-    pairs = [[tuple(talker_of(s) for s in dataset[i, epoch]["sources"]) for i in range(6)] for epoch in (0, 1)]
-    assert pairs[0] != pairs[1]
-    assert {talker for pair in pairs[0] + pairs[1] for talker in pair} == set(range(4))
-
-
-def test_cache_and_files_give_the_same_mixture(tmp_path):
-    rows = corpus(tmp_path, rate=16000)
-    kept, read = (MixtureDataset(rows, num_items=3, segment_s=0.5, cache=cache) for cache in (True, False))
-    for index in range(3):
-        torch.testing.assert_close(kept[index]["mixture"], read[index]["mixture"], atol=1e-4, rtol=0)
-
-
-def test_auto_cache_follows_the_limit(tmp_path):
-    rows = corpus(tmp_path)
-    assert MixtureDataset(rows, num_items=1)._audio.cache
-    assert not MixtureDataset(rows, num_items=1, cache_limit_mb=0.01)._audio.cache
-
-
-def test_short_utterances_are_continued_with_the_same_speaker(tmp_path):
-    dataset = MixtureDataset(corpus(tmp_path, seconds=0.3), num_items=3, segment_s=1.0)
-    for index in range(3):
-        for source in dataset[index]["sources"]:
-            assert source.shape == (8000,)
-            assert len({talker_of(part) for part in source.split(2000)}) == 1
-            assert float(source.unfold(0, 400, 400).abs().amax(-1).min()) > 0  # no gap
-
-
-def test_silent_crops_are_drawn_again(tmp_path):
-    rows = []
-    for speaker in range(2):  # one second of speech in four
-        voice = np.zeros(4 * RATE)
-        voice[RATE : 2 * RATE] = 0.1 * np.random.default_rng(speaker).standard_normal(RATE)
-        sf.write(tmp_path / f"{speaker}.wav", voice, RATE)
-        rows.append({"audio_filepath": str(tmp_path / f"{speaker}.wav"), "duration": 4.0, "speaker": str(speaker)})
-    dataset = MixtureDataset(rows, num_items=60, segment_s=0.5)
-    empty = sum(not source.any() for index in range(60) for source in dataset[index]["sources"])
-    assert empty < 0.3 * 120  # with a single draw it is 0.6
-    silence = [row | {"audio_filepath": str(tmp_path / "silence.wav")} for row in rows]
-    sf.write(tmp_path / "silence.wav", np.zeros(4 * RATE), RATE)
-    item = MixtureDataset(silence, num_items=1, segment_s=0.5)[0]
-    assert not item["mixture"].any() and torch.isfinite(item["sources"]).all()
-
-
-def test_data_that_cannot_be_mixed_is_named(tmp_path):
-    rows = corpus(tmp_path, speakers=1)
-    with pytest.raises(DataError, match="1 speaker"):
-        MixtureDataset(rows, num_items=1)
-    with pytest.raises(DataError, match=r"s0_0\.wav.*no speaker"):
-        MixtureDataset([{"audio_filepath": "s0_0.wav", "duration": 1.0}], num_items=1)
-    rows = corpus(tmp_path, speakers=2, utterances=1)
-    (tmp_path / "s1_0.wav").write_bytes(b"")
-    with pytest.raises(AudioError, match=r"s1_0\.wav: is empty"):
-        MixtureDataset(rows, num_items=1)[0]
+    return all(torch.equal(one[name], other[name]) for name in one if name != "name")
 
 
 @pytest.fixture
-def manifests(tmp_path):
+def manifests(make_corpus, tmp_path):
     for stage in ("train", "val", "test"):
-        write_manifest(tmp_path / f"{stage}.jsonl", corpus(tmp_path / stage))
+        write_manifest(tmp_path / f"{stage}.jsonl", make_corpus(tmp_path / stage))
     return {f"{stage}_manifest": str(tmp_path / f"{stage}.jsonl") for stage in ("train", "val", "test")}
 
 
@@ -168,7 +33,7 @@ def test_loaders(manifests):
     assert [len(batch["mixture"]) for batch in train] == [2] * 4
     assert [len(batch["mixture"]) for batch in val] == [2, 1] and len(test) == 2
     assert train[0]["sources"].shape == (2, 2, 4000) and val[0]["sources"].shape == (2, 2, 6000)
-    assert set(train[0]) == {"mixture", "sources", "length"}
+    assert set(train[0]) == {"mixture", "sources", "length", "name"} and len(train[0]["name"]) == 2
 
 
 def test_evaluation_mixtures_do_not_depend_on_the_training_seed(manifests):
@@ -190,8 +55,8 @@ def test_no_validation(manifests):
     assert data.val_dataloader() == [] and not data.has_data("test")
 
 
-def test_a_folder_in_place_of_manifests(tmp_path):
-    corpus(tmp_path / "speech", speakers=6)
+def test_a_folder_in_place_of_manifests(make_corpus, tmp_path):
+    make_corpus(tmp_path / "speech", speakers=6)
     data = data_of({"speech_dir": str(tmp_path / "speech")})
     data.setup()
     assert len(data.train_dataloader()) == 4
@@ -208,6 +73,13 @@ def test_manifest_rows_are_read_through(manifests):
     "bad",
     [
         {"num_sources": 1},
+        {"num_sources": 9},
+        {"gain_db": -1.0},
+        {"gain_p": 1.5},
+        {"noise_p": -0.1},
+        {"speed": [3.0]},
+        {"noise_snr_db": 5.0},
+        {"max_bad_files": -1},
         {"segment_s": 0.0},
         {"snr_db": [5, -5]},
         {"snr_db": [5]},
@@ -220,3 +92,90 @@ def test_bad_options_are_named(bad):
         SeparationData(**bad)
     with pytest.raises(TypeError, match="sampel_rate"):
         SeparationData(sampel_rate=8000)
+
+
+@pytest.fixture
+def noise_manifest(tmp_path):
+    sf.write(tmp_path / "hiss.wav", 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
+    write_manifest(tmp_path / "noise.jsonl", [{"audio_filepath": "hiss.wav", "duration": 1.0}])
+    return str(tmp_path / "noise.jsonl")
+
+
+def test_training_is_augmented_and_evaluation_is_not(manifests, noise_manifest):
+    plain = data_of(manifests, gain_p=0.0)
+    changed = data_of(manifests, speed=[0.9, 1.1], noise_manifest=noise_manifest)
+    for data in (plain, changed):
+        data.setup()
+    batches = [next(iter(data.train_dataloader())) for data in (plain, changed)]
+    assert "noise" in batches[1] and batches[0]["name"] == batches[1]["name"]
+    assert not torch.equal(batches[0]["sources"], batches[1]["sources"])
+    for stage in ("val_dataloader", "test_dataloader"):
+        assert all(
+            equal(one, other) for one, other in zip(getattr(plain, stage)(), getattr(changed, stage)(), strict=True)
+        )
+
+
+def test_noise_in_evaluation_has_a_manifest_of_its_own(manifests, noise_manifest):
+    data = data_of(manifests, val_noise_manifest=noise_manifest, noise_p=0.0)
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    assert batch["noise"].any(-1).all()  # in each mixture: noise_p is for training
+    assert torch.equal(batch["mixture"], batch["sources"].sum(1) + batch["noise"])
+    assert "noise" not in next(iter(data.test_dataloader()))
+
+
+def test_workers_and_a_resume_give_the_same_batches(manifests, noise_manifest):
+    options = {"speed": [0.9, 1.0, 1.1], "noise_manifest": noise_manifest, "noise_p": 0.5, "num_sources": 3}
+    batches = []
+    for workers in (0, 2):
+        data = data_of(manifests, **options)
+        data.loader = {"num_workers": workers, "prefetch_factor": 1}
+        data.setup("fit")
+        batches.append(list(data.train_dataloader()))
+    assert len(batches[0]) == 4
+    assert all(equal(one, other) and one["name"] == other["name"] for one, other in zip(*batches, strict=True))
+    resumed = data_of(manifests, **options)
+    resumed.setup("fit")
+    resumed.load_state_dict({"epoch": 0, "batch": 3, "items": 6})  # as of a checkpoint without bad files
+    (last,) = resumed.train_dataloader()
+    assert equal(last, batches[0][3])
+
+
+@pytest.fixture
+def fixed_manifest(tmp_path):
+    """Three mixtures of two talkers, of 1.0, 1.25 and 1.5 s."""
+    rows = []
+    for number in range(3):
+        length = 8000 + 2000 * number
+        rng = np.random.default_rng(number)
+        sources = {f"s{n}": rng.integers(-3000, 3000, length).astype(np.int16) for n in (1, 2)}
+        row = {"duration": length / RATE, "id": f"mix{number}"}
+        for name, signal in {"mix": sources["s1"] + sources["s2"], **sources}.items():
+            sf.write(tmp_path / f"{name}_{number}.wav", signal, RATE)
+            row[f"{name}_filepath"] = f"{name}_{number}.wav"
+        rows.append(row)
+    write_manifest(tmp_path / "mixtures.jsonl", rows)
+    return str(tmp_path / "mixtures.jsonl")
+
+
+def test_each_stage_may_have_fixed_mixtures(manifests, fixed_manifest, caplog):
+    data = data_of(manifests | {"test_manifest": fixed_manifest}, test_mixtures=1)
+    data.setup()
+    (first, second) = data.test_dataloader()  # all of them, whole
+    assert first["length"].tolist() == [8000, 10000] and first["name"] + second["name"] == ["mix0", "mix1", "mix2"]
+    assert first["sources"].shape == (2, 2, 10000) and not first["sources"][0, :, 8000:].any()
+    assert torch.equal(first["mixture"], first["sources"].sum(1))
+    assert next(iter(data.train_dataloader()))["name"][0].startswith("s")
+
+    caplog.set_level("INFO")
+    data = data_of({"train_manifest": fixed_manifest})
+    data.setup("fit")
+    assert "fixed" in caplog.text
+    (batch,) = data.train_dataloader()
+    assert batch["sources"].shape == (2, 2, 4000)  # crops
+
+
+def test_noise_cannot_be_added_to_fixed_mixtures(fixed_manifest, noise_manifest):
+    data = data_of({"train_manifest": fixed_manifest}, noise_manifest=noise_manifest)
+    with pytest.raises(DataError, match=r"data\.noise_manifest=.*noise\.jsonl: the mixtures of .* are fixed"):
+        data.setup("fit")

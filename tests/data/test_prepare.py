@@ -45,6 +45,25 @@ def test_a_split_of_no_speakers_is_not_written(recordings: Path, tmp_path: Path)
     assert prepare.main(["manifest", "--check", "--output", str(output)]) == 0
 
 
+def test_a_file_name_that_is_not_utf8_is_left_out(
+    recordings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (recordings / "speaker3" / "0.wav").rename(recordings / "speaker3" / "\udcff.wav")  # the byte ff, as in Latin-1
+    output = tmp_path / "manifests"
+    assert prepare.main(["manifest", "--input", str(recordings), "--output", str(output)]) == 0
+    assert "speaker3/\\udcff.wav': its name is not UTF-8" in caplog.text
+    assert sum(len(read_manifest(path)) for path in output.iterdir()) == 19
+
+
+def test_manifest_of_some_speakers(recordings: Path, tmp_path: Path) -> None:
+    output = tmp_path / "manifests"
+    command = ["manifest", "--input", str(recordings), "--output", str(output), "--max-speakers", "6"]
+    assert prepare.main(command) == 0
+    speakers = [{row["speaker"] for row in read_manifest(path)} for path in sorted(output.iterdir())]
+    assert [len(names) for names in speakers] == [2, 2, 2] and len(set.union(*speakers)) == 6
+    assert prepare.main(command) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
