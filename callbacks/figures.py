@@ -9,20 +9,20 @@ from typing import Any
 
 import pytorch_lightning as pl
 import soundfile
-import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-_RANGE_DB = 80.0
+from callbacks.spectrograms import spectrogram_figure
 
 
 class AudioFigures(pl.Callback):
     """Shows the first *num_examples* of the validation set and writes the first *num_listen* of the test set.
 
-    TensorBoard: `<example>_<tag>` as audio and as a grey spectrogram (white is the loudest point, black 80 dB
-    below). Audio beyond ±1 is scaled to fit, and its tag then ends in `_scaled`. Test: float WAV files with levels as
-    they are, `<run directory>/listen/<example>_<tag>.wav`. Both on rank 0 only; without a TensorBoard logger the
-    first is left out.
+    TensorBoard: `<example>_<tag>` as audio, and `<example>_spectrograms`, one picture of all of them
+    (callbacks/spectrograms.py). Validation examples are the same every time, as the data module keeps them; so are
+    the order of the signals and the names. Audio beyond ±1 is scaled to fit, and its tag then ends in `_scaled`.
+    Test: float WAV files with levels as they are, `<run directory>/listen/<example>_<tag>.wav`. Both on rank 0 only;
+    without a TensorBoard logger the first is left out.
 
     *every_n_epochs*: epochs between, counted from the first; of several validations in an epoch the first is shown.
     """
@@ -62,7 +62,10 @@ class AudioFigures(pl.Callback):
         self._shown_epoch = epoch
         for example, signals in enumerate(_examples(pl_module, batch, outputs, self.num_examples)):
             for tag, signal in signals.items():
-                _show(writer, f"{example}_{tag}", signal, _rate(pl_module), trainer.global_step)
+                _hear(writer, f"{example}_{tag}", signal, _rate(pl_module), trainer.global_step)
+            if signals:
+                figure = spectrogram_figure(signals, _rate(pl_module))
+                writer.add_image(f"{example}_spectrograms", figure, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._written, self.listen_dir = 0, None
@@ -114,23 +117,7 @@ def _rate(module: pl.LightningModule) -> int:
     return int(getattr(module, "sample_rate", None) or 0)
 
 
-def _show(writer: Any, tag: str, signal: Tensor, sample_rate: int, step: int) -> None:
+def _hear(writer: Any, tag: str, signal: Tensor, sample_rate: int, step: int) -> None:
     peak = signal.abs().max().item() if signal.numel() else 0.0
     audio, name = (signal / peak, f"{tag}_scaled") if peak > 1 else (signal, tag)
     writer.add_audio(name, audio[None], step, sample_rate=sample_rate)
-    writer.add_image(f"{tag}_spectrogram", spectrogram_image(signal, sample_rate), step)
-
-
-def spectrogram_image(signal: Tensor, sample_rate: int) -> Tensor:
-    """A grey-scale spectrogram, low frequencies at the bottom, 80 dB from black to white.
-
-    Windows of 32 ms (rounded up to a power of two), half overlapped.
-
-    *Shape*: (T,) -> (1, F, N), values 0 to 1
-    """
-    size = 2 ** max(4, (sample_rate * 32 // 1000 - 1).bit_length())
-    window = torch.hann_window(size)
-    padded = torch.nn.functional.pad(signal, (0, max(0, size - signal.numel())))
-    power = torch.stft(padded, size, size // 2, window=window, return_complex=True, center=False).abs().square()
-    level_db = 10 * torch.log10(power.clamp_min(1e-20))  # (F, N)
-    return (1 + (level_db - level_db.max()) / _RANGE_DB).clamp(0, 1).flip(0)[None]

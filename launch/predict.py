@@ -1,6 +1,5 @@
 """A checkpoint and files -> files. Reading and writing are here; what happens to a signal is `System.predict`."""
 
-import glob
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from data.audio import AUDIO_SUFFIXES, audio_info, read_audio, write_audio
+from data.audio import atomic_path, audio_info, read_audio, write_audio
 from data.errors import DataError
-from data.manifest import read_manifest
 from launch import checkpoint
 from launch.build import plain
 from launch.errors import ConfigError
 from launch.hardware import quieten, torch_device
+from launch.inputs import Input, list_inputs, output_names
 from models.base import System
 from models.checkpoint import build_system, read_checkpoint
 
@@ -37,24 +36,31 @@ def run(cfg: DictConfig) -> None:
     path = checkpoint.locate(config["ckpt_path"])
     system = build_system(read_checkpoint(path), path, config["packages"])
     system.to(torch_device(str(config["device"])))
+    output = Path(config["output"])
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={output}: is a file, the name of a folder is needed")
     own = {"ckpt_path", "input", "output", "device", "packages", *system.inputs}
     options = {name: value for name, value in config.items() if name not in own}
-    jobs = pair_files(system, config)
-    problems = []
-    for stem, files in jobs.items():
+    jobs = pair_inputs(system, config)
+    inputs = {signal.path.resolve() for signals in jobs.values() for signal in signals.values()}
+    problems, num_averaged = [], 0
+    for name, signals in jobs.items():
         try:
-            written = predict_files(system, files, Path(config["output"]), stem, options)
+            written = predict_one(system, signals, output / name, options, keep=inputs)
         except DataError as error:
             problems.append(str(error))
             continue
-        log.info("%s -> %s", ", ".join(map(str, files.values())), ", ".join(map(str, written)))
+        num_averaged += any(_num_channels(signal.path) > 1 for signal in signals.values())
+        log.info("%s -> %s", ", ".join(str(signal.path) for signal in signals.values()), ", ".join(map(str, written)))
+    if num_averaged:
+        log.info("%d of them with several channels: the mean of the channels was taken", num_averaged)
     log.info("%d of %d done", len(jobs) - len(problems), len(jobs))
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def pair_files(system: System, config: dict[str, Any]) -> dict[str, dict[str, Path]]:
-    """Output stem -> {signal: file}. Several signals are paired by file name, role endings taken off.
+def pair_inputs(system: System, config: dict[str, Any]) -> dict[str, dict[str, Input]]:
+    """Output name -> {signal: what to read}. Several signals are paired by file name, role endings taken off.
 
     Raises ConfigError naming what is missing: no files, a signal that is not given, or a file without its partner.
     """
@@ -62,10 +68,12 @@ def pair_files(system: System, config: dict[str, Any]) -> dict[str, dict[str, Pa
     given = {names[0]: config["input"], **{name: config.get(name) for name in names[1:]}}
     if missing := [name for name, value in given.items() if value is None]:
         raise ConfigError(f"set {', '.join(f'{name}=…' for name in missing)}: {type(system).__name__} needs it")
-    found = {name: list_files(str(value), system.inputs[name]) for name, value in given.items()}
+    output = Path(config["output"])
+    found = {name: list_inputs(str(value), system.inputs[name], output) for name, value in given.items()}
     if len(names) == 1:
-        return dict(zip(_distinct_stems(found[names[0]]), ({names[0]: f} for f in found[names[0]]), strict=True))
-    by_key = {name: {_pairing_key(file): file for file in files} for name, files in found.items()}
+        inputs = found[names[0]]
+        return {name: {names[0]: i} for name, i in zip(output_names(inputs), inputs, strict=True)}
+    by_key = {name: {_pairing_key(signal.path): signal for signal in signals} for name, signals in found.items()}
     every = set().union(*by_key.values())
     lonely = [
         f"{key}: no {name} file for it in {given[name]}" for name in names for key in sorted(every - set(by_key[name]))
@@ -82,90 +90,73 @@ def _pairing_key(file: Path) -> str:
     return stem
 
 
-def _distinct_stems(files: list[Path]) -> list[str]:
-    """Output names: the stem, or as much of the path as tells files of equal stems apart."""
-    stems = [file.stem for file in files]
-    if len(set(stems)) == len(stems):
-        return stems
-    names = ["_".join(file.with_suffix("").parts[-3:]).replace("/", "") for file in files]
-    if len(set(names)) < len(names):
-        raise ConfigError("input: several files have the same name, so their results would overwrite one another")
-    return names
-
-
-def list_files(where: str, kind: str) -> list[Path]:
-    """The files that a user means by a file, a folder (recursive), a glob, or a manifest (.jsonl, .json)."""
-    path = Path(where)
-    suffixes = _SUFFIXES[kind]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-    elif path.suffix in (".jsonl", ".json"):
-        files = [Path(row["audio_filepath"]) for row in read_manifest(path, required=("audio_filepath",))]
-    elif path.exists():
-        files = [path]
-    else:
-        files = [Path(name) for name in sorted(glob.glob(where, recursive=True)) if Path(name).is_file()]
-    if not files:
-        raise ConfigError(f"{where}: no {kind} file there ({', '.join(sorted(suffixes))})")
-    return files
-
-
-def predict_files(
-    system: System, files: dict[str, Path], output: Path, stem: str, options: dict[str, Any]
+def predict_one(
+    system: System, inputs: dict[str, Input], target: Path, options: dict[str, Any], *, keep: set[Path]
 ) -> list[Path]:
-    """Read one set of signals, predict, write every output; returns the files written."""
+    """Read one set of signals, predict, write every output as `<target>_<output>…`; returns the files written.
+
+    *keep*: files that no result may replace; others of the same name are.
+
+    Raises DataError for a file that cannot be used, ConfigError for options that the system refuses.
+    """
     signals, rate = {}, None
-    for name, file in files.items():
-        signals[name], own_rate = _READERS[system.inputs[name]](file)
+    for name, source in inputs.items():
+        signals[name], own_rate = _READERS[system.inputs[name]](source)
         if rate is not None and own_rate != rate:
-            raise DataError(f"{file}: {own_rate} Hz, but its partner has {rate} Hz; bring both to one rate")
+            raise DataError(f"{source.path}: {own_rate} Hz, but its partner has {rate} Hz; bring both to one rate")
         rate = own_rate
-    if rate is not None:
-        options = {"sample_rate": rate, **options}
-    results = system.predict(**signals, **options)
+    try:
+        results = system.predict(**signals, **({} if rate is None else {"sample_rate": rate}), **options)
+    except ValueError as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+        raise ConfigError(f"{given}: {error}" if given else str(error)) from error
     written = []
     for name, kind in system.outputs.items():
-        written += _WRITERS[kind](output, f"{stem}_{name}", results[name].cpu(), rate)
+        for file, signal in _tracks(target, name, results[name].cpu(), kind):
+            if file.resolve() in keep:
+                raise DataError(f"{file}: this input would be replaced by a result; choose another output folder")
+            _WRITERS[kind](file, signal, rate)
+            written.append(file)
     return written
 
 
-def _read_audio(file: Path) -> tuple[Tensor, int]:
-    rate = audio_info(file).sample_rate
-    return read_audio(file, sample_rate=rate), rate
+def _tracks(target: Path, name: str, signal: Tensor, kind: str) -> list[tuple[Path, Tensor]]:
+    """One file; for audio (N, T) one for each, numbered from 1: x_source1.wav, x_source2.wav."""
+    if kind == "audio" and signal.ndim > 1:
+        single = name.removesuffix("s")
+        return [(Path(f"{target}_{single}{number}.wav"), track) for number, track in enumerate(signal, 1)]
+    return [(Path(f"{target}_{name}{_SUFFIXES[kind]}"), signal)]
 
 
-def _write_audio(folder: Path, name: str, signal: Tensor, rate: int | None) -> list[Path]:
-    """(T,) one file; (N, T) one file for each, numbered from 1: x_source1.wav, x_source2.wav."""
+def _num_channels(file: Path) -> int:
+    return 1 if file.suffix == ".npy" else audio_info(file).num_channels
+
+
+def _read_audio(source: Input) -> tuple[Tensor, int]:
+    rate = audio_info(source.path).sample_rate
+    return read_audio(source.path, sample_rate=rate, offset_s=source.offset_s, duration_s=source.duration_s), rate
+
+
+def _write_audio(file: Path, signal: Tensor, rate: int | None) -> None:
     assert rate is not None
-    tracks = [(name, signal)] if signal.ndim == 1 else list(_numbered(name, signal))
-    for track, samples in tracks:
-        write_audio(folder / f"{track}.wav", samples, rate)
-    return [folder / f"{track}.wav" for track, _ in tracks]
+    write_audio(file, signal, rate)
 
 
-def _numbered(name: str, signal: Tensor) -> list[tuple[str, Tensor]]:
-    return [(f"{name.removesuffix('s')}{index}", track) for index, track in enumerate(signal, 1)]
-
-
-def _read_array(file: Path) -> tuple[Tensor, None]:
+def _read_array(source: Input) -> tuple[Tensor, None]:
     try:
-        return torch.from_numpy(np.load(file, allow_pickle=False)), None
+        return torch.from_numpy(np.load(source.path, allow_pickle=False)), None
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a .npy array ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{source.path}: not a .npy array ({str(error).splitlines()[0]})") from error
 
 
-def _write_array(folder: Path, name: str, array: Tensor, rate: int | None) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{name}.npy", array.numpy(), allow_pickle=False)
-    return [folder / f"{name}.npy"]
+def _write_array(file: Path, array: Tensor, rate: int | None) -> None:
+    try:
+        with atomic_path(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, array.numpy(), allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
 
-_SUFFIXES: dict[str, set[str]] = {"audio": set(AUDIO_SUFFIXES), "array": {".npy"}}
-_READERS: dict[str, Callable[[Path], tuple[Tensor, int | None]]] = {
-    "audio": _read_audio,
-    "array": _read_array,
-}
-_WRITERS: dict[str, Callable[[Path, str, Tensor, int | None], list[Path]]] = {
-    "audio": _write_audio,
-    "array": _write_array,
-}
+_SUFFIXES = {"audio": ".wav", "array": ".npy"}
+_READERS: dict[str, Callable[[Input], tuple[Tensor, int | None]]] = {"audio": _read_audio, "array": _read_array}
+_WRITERS: dict[str, Callable[[Path, Tensor, int | None], None]] = {"audio": _write_audio, "array": _write_array}

@@ -46,13 +46,20 @@ class System(pl.LightningModule, ABC):
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What one batch costs: `loss`, further scalars to log, and any tensors that metrics or figures need."""
 
-    def make_metric(self) -> Metric | None:
-        """What validation and test report: a torchmetrics object whose `compute` returns name -> value."""
+    def make_metric(self, stage: str) -> Metric | None:
+        """What a stage (`val` or `test`) reports: a torchmetrics object whose `compute` returns name -> value."""
         return None
 
     def update_metric(self, metric: Metric, batch: dict[str, Tensor], output: dict[str, Tensor]) -> None:
         """Feed `metric` with a batch and what `step` returned for it."""
         raise NotImplementedError(f"{type(self).__name__} makes a metric, so it has to define update_metric")
+
+    def example_scores(self, metric: Metric) -> list[dict[str, Any]]:
+        """A row (column -> value) for each example of the batch that `metric` was last fed with; none: no such rows.
+
+        `evaluate.py per_file=…` writes them, with the example's name and its length in seconds.
+        """
+        return []
 
     def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
         """Signals of the first example worth hearing or seeing: tag -> (T,) audio."""
@@ -74,8 +81,11 @@ class System(pl.LightningModule, ABC):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._step_and_log(batch, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return self._step_and_log(batch, "test")
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        output: dict[str, Any] = self._step_and_log(batch, "test")
+        if "test" in self._metrics:
+            output = output | {"example_scores": self.example_scores(self._metrics["test"])}
+        return output
 
     def _step_and_log(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         output = self.step(batch)
@@ -93,7 +103,7 @@ class System(pl.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         for name in {"val", "test"} - set(self._metrics):
-            if (metric := self.make_metric()) is not None:
+            if (metric := self.make_metric(name)) is not None:
                 self._metrics[name] = metric
 
     def on_validation_epoch_start(self) -> None:
@@ -144,6 +154,15 @@ class System(pl.LightningModule, ABC):
             "arguments": dict(self.hparams),
         }
         checkpoint["structure"] = list(self.structure)
+
+    def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
+        """The state dict in what a file of another implementation holds, in this system's names.
+
+        Raises ValueError when there is none.
+        """
+        if not isinstance(state := content.get("state_dict"), dict):
+            raise ValueError("no weights in it (no state_dict)")
+        return state
 
     def load_weights(
         self, state: dict[str, Tensor], *, include: list[str] | None = None, exclude: list[str] | None = None

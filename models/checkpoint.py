@@ -59,11 +59,11 @@ def _inside(module_name: str, packages: Sequence[str]) -> bool:
     return any(module_name == package or module_name.startswith(package + ".") for package in packages)
 
 
-def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """The plain content of a checkpoint file.
+def read_plain(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of any file that torch.save wrote, as long as it is plain containers and tensors.
 
-    Raises CheckpointError, in one line, for a file that is missing, damaged, of a newer format, or that holds
-    anything but plain containers and tensors; nothing in it is run.
+    Raises CheckpointError, in one line, for a file that is missing, damaged, or that holds anything else; nothing in it
+    is run.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +74,22 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
         raise CheckpointError(f"{path}: refused, it holds more than plain data ({_cause(error)})") from error
     except Exception as error:  # torch has no error class of its own for a damaged archive
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({_cause(error)})") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint or a state dict")
+    return content
+
+
+def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """The plain content of a training checkpoint.
+
+    Raises CheckpointError as `read_plain` does, and for a file without weights or of a newer format.
+    """
+    return checked(read_plain(path, map_location=map_location), path)
+
+
+def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The content of the file `path` if it is that of a training checkpoint; raises as `read_checkpoint` does."""
+    if "state_dict" not in content:
         raise CheckpointError(f"{path}: not a training checkpoint (no state_dict in it)")
     version = content.get("format_version")
     if version is not None and version > System.FORMAT_VERSION:

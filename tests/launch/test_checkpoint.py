@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchaudio
 
-from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers
+from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers, start_from_weights
+from launch.errors import ConfigError
 from models import load
 from models.checkpoint import CheckpointError, read_checkpoint
+from models.conv_tasnet import ConvTasNet
 from tests.conftest import TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoint_v1.ckpt"
@@ -189,3 +192,20 @@ def test_three_ways_to_go_on(script, manifests: list[str], trained: Path, in_tmp
     done = script("train", [*base, f"ckpt_path={last}", "resume_override=[num_filters]"])
     assert done.code == 2
     assert "resume_override=num_filters: only values of the optimiser" in done.err
+
+
+def test_weights_of_torchaudio_start_a_training(in_tmp: Path) -> None:
+    sizes = {"num_sources": 3, "enc_num_feats": 8, "msk_num_feats": 6, "msk_num_hidden_feats": 10, "msk_num_layers": 2}
+    peer = torchaudio.models.ConvTasNet(**sizes, msk_num_stacks=1, msk_activate="relu").eval()
+    torch.save(peer.state_dict(), "peer.pth")
+    channels = {"bottleneck_channels": 6, "skip_channels": 6, "hidden_channels": 10}
+    system = ConvTasNet(num_sources=3, num_filters=8, num_blocks=2, num_repeats=1, **channels).eval()
+    start_from_weights(system, "peer.pth", None, [])
+    mixture = torch.randn(1, 321)
+    torch.testing.assert_close(system(mixture), peer(mixture[:, None]))
+
+
+def test_weights_of_nobody_are_one_line(in_tmp: Path) -> None:
+    torch.save({"layer.weight": torch.zeros(1)}, "other.pth")
+    with pytest.raises(ConfigError, match=r"init_from=other.pth: no weights of a Conv-TasNet .*layer.weight"):
+        start_from_weights(ConvTasNet(), "other.pth", None, [])

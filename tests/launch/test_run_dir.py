@@ -58,7 +58,9 @@ def test_the_run_to_resume(in_tmp: Path) -> None:
     assert find_run(manager()) is None
     holding(Path("runs/x/1"))
     newest = holding(Path("runs/x/0"))
-    Path("runs/x/2").mkdir()
+    Path("runs/x/2").mkdir()  # killed at start-up
+    Path("runs/x/3/checkpoints").mkdir(parents=True)
+    Path("runs/x/3/checkpoints/last.ckpt.tmp").touch()  # killed in its first checkpoint
     assert find_run(manager()) == newest
     assert find_run(manager(version="1")) == Path("runs/x/1")
     assert find_run(manager(version="2")) is None
@@ -69,10 +71,11 @@ def test_the_run_to_resume(in_tmp: Path) -> None:
 
 def test_everything_of_a_run_is_in_its_directory(trained: Path) -> None:
     names = {file.relative_to(trained).as_posix() for file in trained.rglob("*")}
-    wanted = """train.log checkpoints/last.ckpt checkpoints/best-step=4.ckpt metrics.csv summary.json plan.json
+    wanted = """train.log checkpoints/last.ckpt metrics.csv summary.json plan.json
                 command.sh environment.txt .hydra/config.yaml .hydra/overrides.yaml"""
     for name in wanted.split():
         assert name in names, name
+    assert any(name.startswith("checkpoints/best-step=") for name in names)
     assert any("events.out.tfevents" in name for name in names)
     assert any(name.startswith("listen/") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio as tm_si_sdr
+from torchmetrics.functional.audio import signal_distortion_ratio as tm_sdr
 
-from metrics.separation import SeparationMetrics
+from metrics.separation import SeparationMetrics, sdr, si_sdr
 
 
 def random_batch(batch: int = 4, num_sources: int = 2, num_samples: int = 2000, seed: int = 0) -> dict:
@@ -94,6 +95,64 @@ def test_silent_and_perfect_mixtures_are_counted_not_averaged():
     assert si_sdr[3] > 100
 
 
+def test_silent_estimates_are_counted_not_averaged():
+    batch = random_batch()
+    expected = expected_scores(batch)[1][2:].mean().item()
+    batch["estimates"][0, 1] = 0
+    batch["estimates"][1, 0] = 0.1  # a constant says nothing
+    batch["estimates"][2:] *= 1e-6  # a network may choose any scale
+    metric = SeparationMetrics()
+    metric.update(**batch)
+    result = values(metric)
+    assert (result["num_silent_estimates"], result["num_silent"]) == (2, 0)
+    assert result["si_sdri"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_rows_say_what_became_of_each_mixture():
+    batch = random_batch(batch=5)
+    batch["targets"][0, 1] = 0
+    batch["estimates"][1] = batch["targets"][1]
+    batch["estimates"][2, 0] = 0
+    batch["estimates"][3, 0, 0] = torch.inf
+    metric = SeparationMetrics(sdr=True)
+    metric.update(**batch)
+    rows = metric.rows()
+    assert [row["status"] for row in rows] == ["silent", "perfect", "silent_estimate", "not_finite", "ok"]
+    assert all(list(row) == ["si_sdr", "si_sdri", "sdr", "status"] for row in rows)
+    assert math.isnan(rows[0]["si_sdr"]) and rows[1]["si_sdr"] > 100 and rows[2]["sdr"] is None
+    assert rows[4]["sdr"] == pytest.approx(rows[4]["si_sdr"], abs=1.5)  # white noise: the filter gains little
+    assert list(SeparationMetrics().rows()) == []
+
+
+def test_sdr_against_torchmetrics():
+    batch = random_batch(num_sources=3)
+    metric = SeparationMetrics(sdr=True)
+    metric.update(**batch)
+    scores = tm_sdr(batch["estimates"].flip(1).double(), batch["targets"].double())
+    assert values(metric)["sdr"] == pytest.approx(scores.mean().item(), abs=1e-4)
+    assert values(metric)["sdr_stderr"] == pytest.approx(scores.mean(-1).std().item() / 2, abs=1e-4)
+    assert "sdr" not in SeparationMetrics().columns
+
+
+def test_sdr_forgives_a_filter_and_si_sdr_does_not():
+    target = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    echo = target + 0.5 * target.roll(100) * (torch.arange(8000) >= 100)
+    assert sdr(echo, target).item() > 25
+    assert si_sdr(echo, target).item() == pytest.approx(20 * math.log10(2), abs=0.5)
+    assert si_sdr(7 * target + 0.1 * echo + 3, target).item() > 40  # neither scale nor offset counts
+
+
+def test_a_mixture_too_short_for_sdr_is_scored_without():
+    batch = random_batch()
+    batch["length"][0] = 511
+    metric = SeparationMetrics(sdr=True)
+    metric.update(**batch)
+    result = values(metric)
+    assert (result["num_short"], result["num_mixtures"]) == (1, 4)
+    assert metric.rows()[0]["sdr"] is None and metric.rows()[0]["status"] == "ok"
+    assert math.isfinite(result["sdr"])
+
+
 def test_a_good_estimate_is_not_perfect():
     batch = random_batch()
     batch["estimates"] = batch["targets"] + 1e-4 * batch["targets"].flip(-1)  # 80 dB
@@ -138,9 +197,9 @@ def test_ranks_add_up():
     for rank in ranks[1:]:
         first.merge_state(rank)
     assert values(first) == pytest.approx(values(together), abs=1e-9)
-    assert values(first)["num_mixtures"] == 12
+    assert (values(first)["num_mixtures"], values(first)["num_silent"]) == (12, 1)
     together.reset()
-    assert together.num_mixtures == 0
+    assert together.num_of.sum() == 0
 
 
 def test_inference_mode_and_half_precision_and_pickle():
