@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from launch.errors import ConfigError
 from launch.run_dir import LAST, newest_run
 from models.base import System
-from models.checkpoint import CheckpointError, find_class, read_checkpoint
+from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,16 @@ def newest_readable(folder: Path) -> Path | None:
 
 
 def start_from_weights(system: System, path: str, include: list[str] | None, exclude: list[str]) -> None:
-    """Weights only, by name and shape, with a report of what did not match."""
-    state = read_checkpoint(locate(path))["state_dict"]
+    """Weights only, by name and shape, with a report of what did not match.
+
+    The file is a checkpoint of ours, or weights of another implementation that the system can import.
+    """
+    content = read_plain(locate(path))
+    try:
+        own = "format_version" in content
+        state = checked(content, path)["state_dict"] if own else system.import_weights(content)
+    except ValueError as error:
+        raise ConfigError(f"init_from={path}: {error}") from error
     report = system.load_weights(state, include=include, exclude=exclude)
     if not report["loaded"]:
         raise ConfigError(f"init_from={path}: none of its {len(state)} weights fits this system")

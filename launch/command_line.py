@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -46,7 +46,7 @@ def prepare(argv: list[str], script: str) -> list[str]:
         raise SystemExit(0)
     if script == "train":
         flags, overrides = _own_sections_for_foreign(flags, overrides, typed)
-        overrides = _infer_system(typed, overrides)
+        overrides = _infer_system(typed, _anchored(typed, overrides))
     else:
         overrides = _with_run_configuration(overrides, script)
     return [*flags, *overrides]
@@ -60,6 +60,24 @@ def _without(argv: list[str], overrides: list[str]) -> list[str]:
         else:
             rest.append(token)
     return rest
+
+
+def _anchored(typed: Any, overrides: list[str]) -> list[str]:
+    """Overrides in which a sweep over systems or experiments is preceded by a plain choice of its first.
+
+    Hydra composes what all jobs share without the swept choices; there would be no system in it, and no key of one
+    could be typed. In each job the choice that comes later wins.
+    """
+    swept = [o for o in overrides if o.startswith(("experiment=", "model="))]
+    if not typed.multirun or not swept:
+        return overrides
+    try:
+        parsed = OverridesParser.create().parse_overrides(swept)
+    except HydraException:
+        return overrides  # Hydra finds it too, and `explain` says so
+    with _composer(typed.config_dir, typed.config_path) as (loader, _):
+        first = [_of_first_job(override, loader) for override in parsed if override.is_sweep_override()]
+    return [*(choice for choice in first if choice not in overrides), *overrides]
 
 
 def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any) -> tuple[list[str], list[str]]:
@@ -193,13 +211,24 @@ def _problems(primary: str, overrides: list[Override], extra_dir: str | None, co
         problems = [line for choice in choices for line in _wrong_choice(loader, choice)]
         if problems:
             return problems
-        config = compose(primary, [o.input_line for o in choices if o.input_line is not None])
+        config = compose(primary, [_of_first_job(choice, loader) for choice in choices])
         have = set(keys(config))
         for override in overrides:
             if override in choices or override.is_add() or override.is_force_add():
                 continue
             problems += [_no_such_key(key, override, have, groups, loader) for key in _unknown(override, have)]
     return problems
+
+
+def _of_first_job(choice: Override, loader: ConfigLoader) -> str:
+    """The choice as it is typed, of a sweep the first. Raises ConfigError for a glob that nothing matches."""
+    if not choice.is_sweep_override():
+        return str(choice.input_line)
+    value, options = choice.value(), loader.get_group_options(choice.key_or_group)
+    names = value.filter(options) if isinstance(value, Glob) else list(choice.sweep_string_iterator())
+    if not names:
+        raise ConfigError(f"{choice.input_line}: matches nothing; choose from {', '.join(sorted(options))}")
+    return f"{choice.get_key_element()}={names[0]}"
 
 
 def _wrong_choice(loader: ConfigLoader, choice: Override) -> Iterator[str]:

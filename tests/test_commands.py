@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from data import prepare
+
 FOLDER = Path(__file__).parent / "commands"
 ROOT = Path(__file__).parent.parent
 _HEADER = re.compile(r"(?P<code>\d+)\s+(?P<run>run\s+)?(?:#(?P<issue>\d+)\s+)?(?P<command>\S.*)")
@@ -71,13 +73,26 @@ COMMANDS = [command for file in sorted(FOLDER.glob("*.txt")) for command in read
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.file}:{c.line}")
-def test_command(command: Command, script: Callable, corpus: Path, trained: Path, in_tmp: Path) -> None:
+def test_command(
+    command: Command,
+    script: Callable,
+    corpus: Path,
+    trained: Path,
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     if command.issue:
         pytest.skip(f"pending, issue {command.issue}: {command.text[:60]}")
     assert command.expected, "a command without an expected line proves little"
     (in_tmp / "demo_data").symlink_to(corpus)
     python, name, *arguments = command.argv(corpus=corpus, run=trained, tmp=in_tmp)
     assert python == "python"
+    if name == "-m":
+        assert arguments.pop(0) == "data.prepare"
+        code = prepare.main(arguments)
+        shown = capsys.readouterr()
+        assert code == command.code and all(line in shown.out + shown.err for line in command.expected), shown
+        return
     if name == "train.py" and not command.run and not any(a.startswith("-") and a != "-m" for a in arguments):
         arguments.append("dry_run=true")
     done = script(name.removesuffix(".py"), arguments)
@@ -95,7 +110,7 @@ def test_every_command_of_the_documents_is_held() -> None:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 text = re.sub(r"\s+", " ", line.partition("  #")[0]).strip()
-                if re.match(r"python \w+\.py", text):
+                if re.match(r"python (\w+\.py|-m data)", text):
                     assert text in held, f"{document.name}: no line in tests/commands holds: {text}"
 
 
