@@ -7,7 +7,8 @@ Decisions that are not obvious
 * The checkpoint is written at the end of the step, after all other callbacks saw it, and the loop goes on to its next
   hook, so that the step is also logged. From then on nothing is saved: the state no longer is that of a step.
 * A validation in progress is cut short: its numbers would be of a part of the data, so they are dropped, and neither
-  checkpoints nor schedules hear of it. callbacks/resume.py makes the resumed run repeat it.
+  checkpoints nor schedules hear of it. callbacks/resume.py makes the resumed run repeat it. One in the middle of an
+  accumulation window is finished instead, and the window too: its gradients are in no checkpoint.
 * Launchers such as torchrun pass a signal on to processes that the sender may have signalled too. So the same request
   arrives twice within moments; only a later signal is a second one.
 * Our handlers take the place of Lightning's. Its SIGTERM handler runs a collective from inside the handler, which
@@ -142,7 +143,11 @@ class GracefulStop(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn != "fit" or batch_idx % self.every_n_steps or not self._anyone_told(trainer):
+        if trainer.state.fn != "fit" or batch_idx % self.every_n_steps:
+            return
+        if trainer.fit_loop.epoch_loop._should_accumulate():  # nothing to save before the window's end
+            return
+        if not self._anyone_told(trainer):
             return
         if not trainer.sanity_checking:  # before the first step there is nothing to save: on_train_epoch_start
             self._save(trainer)
@@ -176,6 +181,14 @@ class GracefulStop(pl.Callback):
         self.signum = int(trainer.strategy.reduce(told, reduce_op="max"))  # the same exit code on all ranks
         # After the very last step only its validation is left, which a resume could not repeat: let it finish.
         self.stopped = trainer.max_steps == -1 or trainer.global_step < trainer.max_steps
+        if self.stopped:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._saved and not self.stopped:
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:

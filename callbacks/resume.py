@@ -5,19 +5,28 @@ Lightning 2.6.6 does not, in these places (found by saving in every hook and com
 * saved at the end of a step at which a validation or the epoch ends: that validation and the epoch's end never happen;
 * saved at the end of an epoch with `max_steps` set: the next epoch is taken for the one after it, in another order;
 * saved in a validation: the validation is left out;
-* any resume: plateau schedules do not step at the end of the resumed epoch, and the metrics they read are gone.
+* any resume: plateau schedules do not step at the end of the resumed epoch, and the metrics they read are gone;
+* saved at the end of training that early stopping ended: training goes on.
 
 So a checkpoint also says at which place it was written, and before Lightning reads its loop counters back, they are
 put into the form from which it does the right thing. The counters: `ready`, `started`, `processed`, `completed` of the
 epochs and of the batches, each as a total and for the current run of the loop.
 """
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from callbacks.metrics_csv import MetricsCsv
+
+log = logging.getLogger(__name__)
 
 _STEP, _VALIDATION, _VALIDATED, _EPOCH_END, _ENDED, _EPOCH_START = (
     "step",  # at the end of a training step
@@ -85,29 +94,57 @@ class ExactResume(pl.Callback):
         checkpoint.setdefault("callbacks", {})[self.state_key] = {
             "place": self._place,
             "epoch": trainer.current_epoch,
+            "should_stop": trainer.should_stop,
             "validation_due": _validation_due(trainer),
             "epoch_complete": _epoch_complete(trainer),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
+            "row": _row_to_come(trainer) if self._place == _STEP else {},
         }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        state = checkpoint["callbacks"].get(self.state_key)
-        if trainer.state.fn == "fit" and state is not None:
-            self._resumed = dict(state)
+        if trainer.state.fn != "fit":
+            return
+        states = checkpoint["callbacks"]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if (state := states.get(callback.state_key)) is None:
+                continue
+            if isinstance(callback, EarlyStopping):
+                state["patience"] = callback.patience  # as configured; Lightning takes the old one
+            elif isinstance(callback, ModelCheckpoint):
+                _find_best(state, Path(callback.dirpath or ""), Path(str(trainer.ckpt_path)))
+        if (state := states.get(self.state_key)) is not None:
+            self._resumed = {"step": checkpoint["global_step"], "should_stop": False, "row": {}, **state}
             checkpoint["loops"] = dict(checkpoint["loops"], fit_loop=_corrected(checkpoint, state))
 
     # Continuing
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Here, since a run with nothing left to train comes no further, and its summary shows these metrics.
+        step = 0
+        if (state := self._resumed) is not None:
+            step = state["step"]
+            trainer.callback_metrics.update(state["metrics"])
+            if state["place"] == _ENDED and state["should_stop"] and _stopped_early(trainer):
+                trainer.should_stop = True
+                log.info("early stopping ended this run; callbacks.early_stopping=null or a higher patience trains on")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                # From here on TensorBoard hides what a killed run wrote for this step and later ones.
+                session = SessionLog(status=SessionLog.START)
+                logger.experiment.file_writer.add_event(Event(session_log=session), step)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         state, fit_loop = self._resumed, trainer.fit_loop
-        if state is None:
-            return
-        trainer.callback_metrics.update(state["metrics"])
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
-                logger.continue_from(trainer.global_step)
+                if logger.path.exists():
+                    logger.continue_from(trainer.global_step)
+                if state is not None and (row := state["row"]):
+                    logger.log_metrics(row, step=row["step"])
+        if state is None:
+            return
         # Lightning sets this back at the end of the epoch only, and until then steps no plateau schedule, since the
         # metrics were lost. Ours were not.
         fit_loop._restarting = False
@@ -139,6 +176,14 @@ def _validation_due(trainer: pl.Trainer) -> bool:
         trainer.should_stop = should_stop
 
 
+def _row_to_come(trainer: pl.Trainer) -> dict[str, Any]:
+    """What Lightning gives to the loggers after the hook at the end of a step; a kill may come before."""
+    if not trainer._logger_connector.should_update_logs:
+        return {}
+    values = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+    return {"epoch": trainer.current_epoch, "step": trainer.fit_loop.epoch_loop._batches_that_stepped, **values}
+
+
 def _epoch_complete(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     return not _batch_in_hand(trainer) and loop._num_ready_batches_reached()
@@ -148,6 +193,33 @@ def _batch_in_hand(trainer: pl.Trainer) -> bool:
     """Was a batch fetched that is not trained on? Lightning's counters then speak of that one."""
     current = trainer.fit_loop.epoch_loop.batch_progress.current
     return current.ready != current.processed
+
+
+def _find_best(state: dict[str, Any], folder: Path, resumed: Path) -> None:
+    """Bring a ModelCheckpoint's state in line with the files that are there.
+
+    A run directory may have been moved; Lightning would start to compare anew. And the killed run may have deleted the
+    best file for a better one, which this run will find again.
+    """
+    if resumed.resolve().parent == folder.resolve():
+        state["dirpath"] = str(folder)
+        state["best_k_models"] = {str(folder / Path(p).name): score for p, score in state["best_k_models"].items()}
+        for name in ("best_model_path", "kth_best_model_path"):
+            state[name] = state[name] and str(folder / Path(state[name]).name)
+    state["best_k_models"] = {path: score for path, score in state["best_k_models"].items() if Path(path).exists()}
+    if not Path(state["best_model_path"]).is_file():
+        state.update(best_model_path="", best_model_score=None)
+
+
+def _stopped_early(trainer: pl.Trainer) -> bool:
+    """Does an EarlyStopping callback, as now configured, have a reason to stop?"""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping):
+            exhausted = callback.wait_count >= callback.patience
+            reason = callback.stopping_reason
+            if exhausted or reason not in (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED):
+                return True
+    return False
 
 
 def _epoch_is_over(state: dict[str, Any]) -> bool:
@@ -173,9 +245,10 @@ def _corrected(checkpoint: dict[str, Any], state: dict[str, Any]) -> dict[str, A
 
     if place != _STEP or due or complete:
         batches = _all_completed(batches)
+    # The batch too many, see below, stays in the totals of a validation that was repeated.
+    val = _all_completed(loops["epoch_loop.val_loop.batch_progress"])
     if place in (_STEP, _VALIDATION) and due:
         # Lightning reads this as a validation that stopped in its first batch, and runs it again.
-        val = loops["epoch_loop.val_loop.batch_progress"]
         before = val["total"]["ready"]
         val = {
             **val,
@@ -183,7 +256,6 @@ def _corrected(checkpoint: dict[str, Any], state: dict[str, Any]) -> dict[str, A
             "current": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
             "is_last_batch": False,
         }
-        loops["epoch_loop.val_loop.batch_progress"] = val
     elif _only_epoch_end_left(state) or (place in (_VALIDATION, _VALIDATED) and not due):
         logged = 1  # counted after the validation, or with the next step, which Lightning will not do here
     elif place in (_EPOCH_END, _ENDED) and not complete and due:
@@ -193,6 +265,7 @@ def _corrected(checkpoint: dict[str, Any], state: dict[str, Any]) -> dict[str, A
         **loops["epoch_loop.state_dict"],
         "_batches_that_stepped": counted + logged,
     }
+    loops["epoch_loop.val_loop.batch_progress"] = val
     loops["epoch_progress"], loops["epoch_loop.batch_progress"] = epochs, batches
     return loops
 

@@ -138,7 +138,7 @@ class Run:
             # Lightning kills the main process when a rank that it started itself ends with anything but 0.
             started_by_lightning = trainer.local_rank > 0 and not _launched_from_outside(trainer)
             raise SystemExit(0 if started_by_lightning else 128 + number)
-        if self.resume is not None and trainer.global_step == self._resumed_step:
+        if self.resume is not None and trainer.global_step == self._resumed_step and not trainer.should_stop:
             log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", trainer.global_step)
 
     def test(self, trainer: pl.Trainer, system: System, data: SystemData) -> dict[str, float] | None:

@@ -16,6 +16,8 @@ from callbacks.last import LastCheckpoint
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.resume import ExactResume
 from callbacks.rng import RngState
+from data.mixtures import SeparationData
+from models.conv_tasnet import ConvTasNet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
@@ -50,6 +52,7 @@ LIMITS = {
     "epochs": dict(max_epochs=2),
     "steps": dict(max_epochs=-1, max_steps=6),
     "accumulation": dict(max_epochs=2, accumulate_grad_batches=2),  # two steps an epoch
+    "windows": dict(max_epochs=2, accumulate_grad_batches=2, val_check_interval=1),  # validation also within a step
 }
 WHOLE: dict[str, Any] = {}  # a run that is not stopped, per limit
 
@@ -79,6 +82,9 @@ def rows(table: Path) -> list[dict[str, str]]:
         ("accumulation", "on_train_batch_start", 1, 1),
         ("accumulation", "on_train_batch_start", 3, 2),
         ("accumulation", "on_validation_batch_start", 1, 2),
+        ("windows", "on_train_batch_start", 1, 1),
+        ("windows", "on_validation_batch_start", 1, 1),  # in the middle of a window: finished, and the window too
+        ("windows", "on_validation_batch_start", 3, 1),
     ],
 )
 def test_stopped_and_resumed_equals_one_run(
@@ -246,3 +252,45 @@ def test_saves_after_all_other_callbacks(tmp_path: Path, tiny: Any) -> None:
     trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
     order = trainer.callbacks
     assert order.index(other) < order.index(graceful) < order.index(best)
+
+
+def test_separator_stopped_within_a_window(tmp_path: Path, tiny: Any, corpus: Path) -> None:
+    """Seven batches an epoch, four to a step; loader workers, augmentation and a schedule that reduces."""
+
+    def run(folder: Path, *more: pl.Callback) -> pl.Trainer:
+        pl.seed_everything(1 if last(folder).exists() else 0, verbose=False)
+        data = SeparationData(
+            train_manifest=str(corpus / "train.jsonl"),
+            val_manifest=str(corpus / "val.jsonl"),
+            batch_size=1,
+            train_mixtures=7,
+            val_mixtures=2,
+            segment_s=0.2,
+            eval_segment_s=0.3,
+            speed=[0.9, 1.0],
+            loader={"num_workers": 2},
+        )
+        sched = {"name": "halving", "monitor": "val_loss", "mode": "max", "patience": 0}
+        system = ConvTasNet(
+            num_filters=8, bottleneck_channels=4, hidden_channels=8, skip_channels=4, num_blocks=2, num_repeats=1,
+            optim={"name": "adam", "lr": 0.01, "sched": sched},
+        )  # fmt: skip
+        callbacks = [ExactResume(), RngState(), GracefulStop(), LastCheckpoint(every_n_steps=1), *more]
+        trainer = tiny.make_trainer(folder, callbacks, max_epochs=3, accumulate_grad_batches=4)
+        trainer.fit(system, datamodule=data, ckpt_path=last(folder) if last(folder).exists() else None)
+        return trainer
+
+    def rate(trainer: pl.Trainer) -> float:
+        return trainer.optimizers[0].param_groups[0]["lr"]
+
+    whole = run(tmp_path / "whole")
+    assert rate(whole) < 0.01
+    stopped = tmp_path / "stopped"
+    assert run(stopped, Kill("on_train_batch_start", 2)).global_step == step_of(stopped) == 1
+    # Two batches on, in the second window, which the epoch's end cuts after three.
+    assert run(stopped, Kill("on_train_batch_end", 2)).global_step == step_of(stopped) == 2
+    resumed = run(stopped)
+    assert (resumed.global_step, rate(resumed)) == (6, rate(whole))
+    for mine, theirs in zip(resumed.lightning_module.parameters(), whole.lightning_module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert str(resumed.optimizers[0].state_dict()) == str(whole.optimizers[0].state_dict())

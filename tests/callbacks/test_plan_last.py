@@ -110,6 +110,29 @@ def test_last_is_written_after_validation_and_once_per_step(tmp_path: Path) -> N
         LastCheckpoint(every_n_steps=0)
 
 
+def test_last_is_never_written_within_an_accumulation_window(tmp_path: Path) -> None:
+    """Six batches, two to a step: validations after 3, 6, 9 … batches fall on steps and between them."""
+    saves = Saves()
+    windows = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    last = LastCheckpoint(every_n_steps=3)
+    trainer(tmp_path, saves, last, max_steps=7, **windows).fit(Line())
+    # Step 2 instead of the validation in its first half; step 5 likewise; 6 is due, and has a validation.
+    assert saves.noted == [(2, 1), (3, 2), (5, 3), (6, 4), (7, 4)]
+    resumed = Saves()
+    again = trainer(tmp_path / "b", resumed, LastCheckpoint(every_n_steps=1), max_steps=9, **windows)
+    again.fit(Line(), ckpt_path=tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert [step for step, _ in resumed.noted] == [8, 9], "not in the first half of step 8"
+
+
+def test_last_waits_for_the_end_of_a_run_that_is_ending(tmp_path: Path) -> None:
+    """What follows the last step - here a validation - would be lost to a run that is resumed at that step."""
+    saves = Saves()
+    trainer(tmp_path, saves, LastCheckpoint(every_n_steps=1), max_steps=4, val_check_interval=4).fit(Line())
+    assert saves.noted == [(1, 0), (2, 0), (3, 0), (4, 1)]
+    place = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["loops"]["fit_loop"]
+    assert place["epoch_progress"]["current"]["processed"] == 1, "written in on_train_end"
+
+
 @pytest.mark.parametrize("cosine", [False, True])
 def test_forced_values_of_the_optimiser(tmp_path: Path, cosine: bool) -> None:
     trainer(tmp_path, LastCheckpoint(), max_steps=2).fit(Line(cosine))

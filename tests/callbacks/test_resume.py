@@ -8,7 +8,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.resume import ExactResume
@@ -29,6 +31,8 @@ class SaveEverywhere(Checkpoint):
         self.saved: list[tuple[Path, int]] = []  # and how many events came before
 
     def _save(self, trainer: pl.Trainer, place: str) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # gradients that are still being accumulated are in no checkpoint
         path = self.folder / f"{len(self.saved):02d}-{place}-{trainer.global_step}.ckpt"
         self.saved.append((path, len(trainer.lightning_module.events)))
         trainer.save_checkpoint(path)
@@ -37,8 +41,7 @@ class SaveEverywhere(Checkpoint):
         self._save(trainer, "epoch_start")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step * trainer.accumulate_grad_batches >= trainer.fit_loop.epoch_loop.total_batch_idx + 1:
-            self._save(trainer, "step")  # gradients that are still being accumulated are in no checkpoint
+        self._save(trainer, "step")
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._save(trainer, "validation")
@@ -73,6 +76,16 @@ LAYOUTS = {
     ),
     "no validation": (dict(max_epochs=-1, max_steps=7), {}, dict(validation=False)),
     "accumulation": (dict(max_epochs=3, accumulate_grad_batches=3), {}, {}),
+    "windows that the epoch's end cuts": (
+        dict(max_epochs=-1, max_steps=5, accumulate_grad_batches=2),
+        dict(plateau=True),
+        {},
+    ),
+    "validation within windows": (
+        dict(max_epochs=3, accumulate_grad_batches=2, val_check_interval=1),
+        dict(plateau=True),
+        {},
+    ),
 }
 
 
@@ -162,6 +175,35 @@ def test_metrics_table_forgets_what_came_after_the_checkpoint(tmp_path: Path, ti
     )
     resumed.fit(tiny.Tiny(), datamodule=tiny.Data(), ckpt_path=path)
     assert steps_of() == ["0", "1", "2"]  # the last one with the metrics of its validation
+
+
+def test_metrics_table_of_a_run_killed_before_its_first_checkpoint(tmp_path: Path, tiny: Any) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,train_loss\n0,0,1.0\n0,1,1.0\n")
+    trainer = tiny.make_trainer(
+        tmp_path, [ExactResume()], logger=MetricsCsv(directory=tmp_path), log_every_n_steps=3, limit_val_batches=0
+    )
+    trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+    assert [line.split(",")[1] for line in (tmp_path / "metrics.csv").read_text().split()[1:]] == ["2", "5"]
+
+
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path: Path, tiny: Any) -> None:
+    def run(*callbacks: pl.Callback, checkpoint: Path | None = None, **options: Any) -> None:
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        trainer = tiny.make_trainer(tmp_path, [ExactResume(), *callbacks], logger=logger, **options)
+        trainer.fit(tiny.Tiny(), datamodule=tiny.Data(), ckpt_path=checkpoint)
+        logger.finalize("success")
+
+    def steps() -> list[int]:
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        return [event.step for event in events.Scalars("train_loss")]
+
+    everywhere = SaveEverywhere(tmp_path)
+    run(everywhere)
+    assert steps() == [0, 1, 2, 3, 4, 5]
+    path = next(path for path, _ in everywhere.saved if path.stem.endswith("step-2"))
+    run(checkpoint=path, max_epochs=-1, max_steps=4)
+    assert steps() == [0, 1, 2, 3]
 
 
 def test_a_checkpoint_without_a_place_resumes_as_lightning_does(tmp_path: Path, tiny: Any) -> None:
