@@ -3,6 +3,8 @@
 Decisions that are not obvious
 * Every training epoch draws new speakers, crops and levels; validation and test mixtures are those of epoch
   0 with a seed of their own, the same in every run, whatever the training seed is.
+* An item may be several shorter mixtures in place of one (`pieces`). A batch then costs the same; with few steps to
+  train for, many short mixtures teach more at first, and long ones teach later to keep talkers apart.
 * What is drawn for augmentation comes from a random stream of its own: with and without it an item has the same
   speakers, and validation mixtures do not change when an option is added.
 * Levels and the exact sum: data/levels.py.
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 
 from data.augment import change_speed, draw_gains_db, speed_ratios
 from data.cache import RowReader, cached_mb
+from data.epochs import at_epoch
 from data.errors import DataError
 from data.levels import add_up, collate_mixtures, common_gain, gain_to, rms
 from data.manifest import LINE_KEY
@@ -76,6 +79,7 @@ class MixtureDataset(Dataset):
         num_sources: talkers per mixture.
         sample_rate: rate of the signals in Hz.
         segment_s: length in seconds.
+        pieces: an item is a list of so many mixtures that are as long together; by epoch as in data/epochs.py.
         snr_db: range of the first talker's level over that of each other, dB.
         level_db: RMS of the mixture, dB relative to full scale; None: as recorded, see `mix`.
         seed: see above.
@@ -90,7 +94,7 @@ class MixtureDataset(Dataset):
 
     Shape:
         An item is {"mixture": float32 `(T,)`, "sources": float32 `(C, T)`, "length": int64 `()` samples, "name": the
-        speakers and the index}, with noise rows also "noise": float32 `(T,)`.
+        speakers and the index}, with noise rows also "noise": float32 `(T,)`. With several pieces, a list of these.
 
     Raises:
         DataError: too few speakers, or a row without speaker. An item raises AudioError when a recording cannot be
@@ -107,6 +111,7 @@ class MixtureDataset(Dataset):
         num_sources: int = 2,
         sample_rate: int = 8000,
         segment_s: float = 3.0,
+        pieces: int | Mapping[int, int] = 1,
         snr_db: tuple[float, float] = (-5.0, 5.0),
         level_db: float | None = -25.0,
         seed: int = 0,
@@ -132,6 +137,7 @@ class MixtureDataset(Dataset):
         self.num_items = num_items
         self.num_sources = num_sources
         self.num_samples = round(segment_s * sample_rate)
+        self.pieces = pieces
         self.snr_db = snr_db
         self.level_db = level_db
         self.seed = seed
@@ -150,21 +156,28 @@ class MixtureDataset(Dataset):
     def __len__(self) -> int:
         return self.num_items
 
-    def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
+    def __getitem__(self, key: ItemKey | int) -> dict[str, Any] | list[dict[str, Any]]:
         index, epoch = item_key(key)
         if not 0 <= index < self.num_items:
             raise IndexError(f"item {index} of {self.num_items}")
         rng = np.random.default_rng([self.seed, epoch, index])
         changes = np.random.default_rng([self.seed, epoch, index, _AUGMENTATION])
+        pieces = at_epoch(self.pieces, epoch)
+        items = [self._mixture(index, self.num_samples // pieces, rng, changes) for _ in range(pieces)]
+        return items[0] if pieces == 1 else items
+
+    def _mixture(
+        self, index: int, num_samples: int, rng: np.random.Generator, changes: np.random.Generator
+    ) -> dict[str, Any]:
+        """A mixture drawn from `rng`, its augmentation from `changes`."""
         speakers = rng.choice(len(self._speakers), self.num_sources, replace=False)
         levels_db = np.append(0.0, -rng.uniform(*self.snr_db, self.num_sources - 1))
         levels_db += draw_gains_db(changes, self.num_sources, gain_db=self.gain_db, gain_p=self.gain_p)
         speeds = [self.speeds[number] for number in changes.integers(len(self.speeds), size=self.num_sources)]
         noise_snr_db = changes.uniform(*self.noise_snr_db)
-        noise = None if self._noises is None else self._noise(changes)
-        sources = torch.stack(
-            [self._talk(rng, self._rows_of[speaker], speed) for speaker, speed in zip(speakers, speeds, strict=True)]
-        )  # (C, T)
+        noise = None if self._noises is None else self._noise(changes, num_samples)
+        talkers = zip(speakers, speeds, strict=True)
+        sources = torch.stack([self._talk(rng, self._rows_of[s], speed, num_samples) for s, speed in talkers])  # (C, T)
         mixture, sources, noise = mix(
             sources,
             levels_db=torch.from_numpy(levels_db),
@@ -173,12 +186,12 @@ class MixtureDataset(Dataset):
             noise_snr_db=noise_snr_db,
         )
         name = "_".join([*(self._speakers[speaker] for speaker in speakers), f"{index:06d}"])
-        item = {"mixture": mixture, "sources": sources, "length": torch.tensor(self.num_samples), "name": name}
+        item = {"mixture": mixture, "sources": sources, "length": torch.tensor(num_samples), "name": name}
         return item if noise is None else item | {"noise": noise}
 
-    def _talk(self, rng: np.random.Generator, rows: list[int], speed: Fraction) -> Tensor:
-        """A segment of one speaker that is not silent, if that can be had. `(T,)`"""
-        count = math.ceil(self.num_samples * speed)  # becomes num_samples or one more
+    def _talk(self, rng: np.random.Generator, rows: list[int], speed: Fraction, num_samples: int) -> Tensor:
+        """A segment of one speaker that is not silent, if that can be had. `(num_samples,)`"""
+        count = math.ceil(num_samples * speed)  # becomes num_samples or one more
         best, best_rms = torch.zeros(count), -1.0
         for _ in range(_TRIES):
             crop = _crop(self._talkers, rng, rows, count)
@@ -187,14 +200,14 @@ class MixtureDataset(Dataset):
                 best, best_rms = crop, level
             if level >= 10 ** (_SILENCE_DB / 20):
                 break
-        return change_speed(best, speed)[: self.num_samples]
+        return change_speed(best, speed)[:num_samples]
 
-    def _noise(self, changes: np.random.Generator) -> Tensor:
-        """A segment of noise, or silence. `(T,)`"""
+    def _noise(self, changes: np.random.Generator, num_samples: int) -> Tensor:
+        """A segment of noise, or silence. `(num_samples,)`"""
         assert self._noises is not None
         if changes.random() >= self.noise_p:
-            return torch.zeros(self.num_samples)
-        return _crop(self._noises, changes, range(len(self._noises.num_samples)), self.num_samples)
+            return torch.zeros(num_samples)
+        return _crop(self._noises, changes, range(len(self._noises.num_samples)), num_samples)
 
 
 def _crop(audio: RowReader, rng: np.random.Generator, rows: Sequence[int], count: int) -> Tensor:

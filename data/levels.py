@@ -58,24 +58,25 @@ def add_up(sources: Tensor, noise: Tensor | None) -> Tensor:
     return mixture if noise is None else mixture + noise
 
 
-def collate_mixtures(items: list[dict]) -> dict:
-    """A batch of items; shorter ones are padded with zeros at the end.
+def collate_mixtures(items: list[dict | list[dict]]) -> dict:
+    """A batch of items, or of the mixtures that they are lists of; shorter ones are padded with zeros at the end.
 
     Shape:
         item: sources `(C, T)`, length `()` samples, noise `(T,)` in all or none, name str
         -> mixture `(B, T)`, sources `(B, C, T)`, length `(B,)`, noise `(B, T)`, name list of B.
     """
-    longest = max(item["sources"].shape[-1] for item in items)
+    mixtures = [mixture for item in items for mixture in (item if isinstance(item, list) else [item])]
+    longest = max(mixture["sources"].shape[-1] for mixture in mixtures)
 
     def stacked(key: str) -> Tensor:
-        return torch.stack([pad(item[key], (0, longest - item[key].shape[-1])) for item in items])
+        return torch.stack([pad(mixture[key], (0, longest - mixture[key].shape[-1])) for mixture in mixtures])
 
     sources = stacked("sources")  # (B, C, T)
-    noise = {"noise": stacked("noise")} if "noise" in items[0] else {}
+    noise = {"noise": stacked("noise")} if "noise" in mixtures[0] else {}
     return {
         "mixture": add_up(sources, noise.get("noise")),
         "sources": sources,
         **noise,
-        "length": torch.stack([item["length"] for item in items]),
-        "name": [item["name"] for item in items],
+        "length": torch.stack([mixture["length"] for mixture in mixtures]),
+        "name": [mixture["name"] for mixture in mixtures],
     }

@@ -5,7 +5,7 @@ A manifest of talkers (rows with `audio_filepath`, `speaker`) is mixed on the fl
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from data.augment import speed_ratios
 from data.base import SystemData
 from data.dynamic_mixtures import MixtureDataset
+from data.epochs import values_of
 from data.errors import DataError
 from data.fixed_mixtures import FixedMixtureDataset
 from data.manifest import is_mixture
@@ -37,6 +38,7 @@ class SeparationData(SystemData):
         eval_seed: seed of the validation mixtures; the test mixtures have the next one.
 
         Of mixtures of single talkers only:
+        pieces: in training, shorter mixtures in place of one of `segment_s`, see `MixtureDataset`.
         snr_db: [low, high], the range of level differences between talkers in dB.
         gain_db: in training, a talker's level changes by up to that many dB,
         gain_p: with this probability.
@@ -75,6 +77,7 @@ class SeparationData(SystemData):
         eval_segment_s: float = 4.0,
         level_db: float | None = -25.0,
         eval_seed: int = 5,
+        pieces: int | Mapping[int, int] = 1,
         snr_db: Sequence[float] = (-5.0, 5.0),
         gain_db: float = 3.0,
         gain_p: float = 0.5,
@@ -120,6 +123,9 @@ class SeparationData(SystemData):
             )
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache must be true, false or auto, got {cache!r}")
+        most = max(values_of("pieces", pieces))
+        if min(values_of("pieces", pieces)) < 1 or round(segment_s * sample_rate) < most:
+            raise ValueError(f"pieces must be from 1 to the samples of a segment, got {pieces}")
         speed_ratios(speed)  # refuses bad values here, not when training starts
         self.num_mixtures = {"train": train_mixtures, "val": val_mixtures, "test": test_mixtures}
         self.segments_s = {"train": segment_s, "val": eval_segment_s, "test": eval_segment_s}
@@ -136,7 +142,13 @@ class SeparationData(SystemData):
             "cache": cache,
             "cache_limit_mb": cache_limit_mb,
         }
-        self.augmentation: dict[str, Any] = {"gain_db": gain_db, "gain_p": gain_p, "speed": speed, "noise_p": noise_p}
+        self.augmentation: dict[str, Any] = {
+            "pieces": pieces,
+            "gain_db": gain_db,
+            "gain_p": gain_p,
+            "speed": speed,
+            "noise_p": noise_p,
+        }
 
     def has_data(self, stage: str) -> bool:
         return self.num_mixtures[stage] > 0 and super().has_data(stage)
