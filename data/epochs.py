@@ -1,7 +1,7 @@
 """Settings that change while training goes on: a value, or a mapping from the first epoch of each value.
 
-    segment: 4                    always
-    segment: {0: 1, 10: 4}        1 in epochs 0 to 9, 4 from epoch 10 on
+segment: 4                    always
+segment: {0: 1, 10: 4}        1 in epochs 0 to 9, 4 from epoch 10 on
 """
 
 from collections.abc import Mapping
