@@ -29,4 +29,4 @@ class AutoPrecision(pl.Callback):
             return {"precision": self.precision}
         if trainer["accelerator"] != "cuda":
             return {}
-        return {"precision": "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"}
+        return {"precision": "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"}

@@ -84,6 +84,10 @@ class GracefulStop(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._tidy_up(trainer)
+        if stage == "fit" and trainer.world_size > 1:
+            # A signal may have come to one process since the last step; all must agree whether a test follows.
+            told = torch.tensor(self.signum, device=pl_module.device)
+            self.signum = int(trainer.strategy.reduce(told, reduce_op="max"))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._tidy_up(trainer)  # Lightning calls no teardown hook after an exception

@@ -114,6 +114,8 @@ class ExactResume(pl.Callback):
                 state["patience"] = callback.patience  # as configured; Lightning takes the old one
             elif isinstance(callback, ModelCheckpoint):
                 _find_best(state, Path(callback.dirpath or ""), Path(str(trainer.ckpt_path)))
+                # Disks may differ, and what follows is decided by all processes together.
+                state.update(trainer.strategy.broadcast(dict(state)))
         if (state := states.get(self.state_key)) is not None:
             self._resumed = {"step": checkpoint["global_step"], "should_stop": False, "row": {}, **state}
             checkpoint["loops"] = dict(checkpoint["loops"], fit_loop=_corrected(checkpoint, state))

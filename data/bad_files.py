@@ -1,9 +1,9 @@
 """Files that cannot be used: replaced, counted, reported once - and too many of them end the run.
 
 Decisions that are not obvious
-* An example that cannot be made gives way to the next one of the same epoch (after the last: to the first of the
-  next epoch). So an item stays a function of (seed, epoch, index) and of the files alone: a run that was resumed, or
-  has other workers, meets the same replacements.
+* An example that cannot be made gives way to the next one of the same epoch (after the last: to the first). So an item
+  stays a function of (seed, epoch, index) and of the files alone: a run that was resumed, or has other workers, meets
+  the same replacements.
 * For the same reason no file is locked out after its first failure. One with a single bad stretch may serve for other
   crops, and whether a worker has met it before must not decide what an item holds.
 * What a worker has met travels with the batch to the main process, which counts when the batch is used. So the count
@@ -68,7 +68,7 @@ class BadFiles:
 
     def add(self, errors: Iterable[FileError]) -> None:
         """Count what a batch met with. A single process checks the limit at once."""
-        self._note({error.path: str(error) for error in errors})
+        self._note({self._path(str(error)): str(error) for error in errors})
         if self.num_processes == 1:
             self.check()
 
@@ -92,6 +92,12 @@ class BadFiles:
             f" data.max_bad_fraction={self.max_fraction:g} allow; mend them or take their rows out:\n"
             + "\n".join(shown)
         )
+
+    def _path(self, message: str) -> str:
+        """The file that a message begins with: up to the first colon, further if that is the name of a known file."""
+        parts = message.split(": ")
+        starts = (": ".join(parts[:count]).strip("'\"") for count in range(1, len(parts)))
+        return next((start for start in starts if start in self._lines), parts[0].strip("'\""))
 
     def _note(self, messages: Mapping[str, str]) -> None:
         lines = {path: self._lines.get(path) for path in messages}
@@ -140,7 +146,7 @@ class ResilientDataset(Dataset):
             except FileError as error:
                 messages.append(str(error))
             index, epoch = item_key(key)
-            key = (index + 1, epoch) if index + 1 < len(self) else (0, epoch + 1)
+            key = ((index + 1) % len(self), epoch) if len(self) > 1 else (0, epoch + 1)
         raise DataError(f"{_MAX_ATTEMPTS} examples in a row cannot be made, the last because of {messages[-1]}")
 
     def collate(self, items: list[tuple[Any, list[str]]]) -> Any:

@@ -7,13 +7,15 @@ Decisions that are not obvious
 * The loop counters themselves are Lightning's, and in some places it resumes them wrongly (a closed epoch
   with `max_steps`, a validation that was due). callbacks/resume.py mends that; this position fits what it
   does.
-* A file that cannot be used does not stop a run, see data/bad_files.py. What was found travels in the state, too.
+* A file that cannot be used does not stop a run, see data/bad_files.py. The count is not in the state: who resumes a
+  run may have mended the files.
 * Lightning stores the state under the class's `__qualname__`: renaming a subclass loses the position of old
   checkpoints.
 """
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
 from data.bad_files import BadFiles, ResilientDataset
+from data.checks import whole_number
 from data.errors import DataError
 from data.loader import choose_loader_settings, make_loader
 from data.manifest import read_manifest
@@ -56,7 +59,6 @@ class SystemData(pl.LightningDataModule):
         batch_size: training examples per process and step.
         eval_batch_size: examples per process in validation and test; None: `batch_size`.
         seed: seed of order and of all randomness in training examples.
-        val_fixed: validation and test items are those of epoch 0, always.
         max_bad_files: files that cannot be used and are passed over before the run is stopped.
         max_bad_fraction: the same as a share of all files in the manifests; the larger number counts.
         loader: num_workers, prefetch_factor, pin_memory, persistent_workers, multiprocessing_context, as in
@@ -73,7 +75,6 @@ class SystemData(pl.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         seed: int = 0,
-        val_fixed: bool = True,
         max_bad_files: int = 10,
         max_bad_fraction: float = 0.01,
         loader: dict[str, Any] | None = None,
@@ -82,9 +83,10 @@ class SystemData(pl.LightningDataModule):
         self.manifests = {"train": train_manifest, "val": val_manifest, "test": test_manifest}
         if speech_dir is not None and any(self.manifests.values()):
             raise ValueError("give either speech_dir or manifests, not both: speech_dir is split into all three parts")
-        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        if batch_size < 1 or eval_batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} and eval_batch_size {eval_batch_size} must be 1 or more")
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        eval_batch_size = whole_number(
+            "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, least=1
+        )
         unknown = sorted(set(loader or {}) - set(_LOADER_KEYS))
         if unknown:
             raise ValueError(f"loader.{unknown[0]}: no such key, there are {', '.join(_LOADER_KEYS)}")
@@ -92,7 +94,6 @@ class SystemData(pl.LightningDataModule):
         self.speech_dir = speech_dir
         self.batch_sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
         self.seed = seed
-        self.val_fixed = val_fixed
         self.loader = dict(loader or {})
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._bad_files = BadFiles(max_files=max_bad_files, max_fraction=max_bad_fraction)
@@ -118,17 +119,18 @@ class SystemData(pl.LightningDataModule):
         if stage not in self._rows:
             if self.speech_dir is not None:
                 self._rows = split_by_speaker(scan_speakers(self.speech_dir))
+                self._bad_files.watch(row for rows in self._rows.values() for row in rows)
             else:
                 self._rows[stage] = self.read_rows(str(self.manifests[stage]))
         return self._rows[stage]
 
-    def read_rows(self, manifest: str) -> list[dict[str, Any]]:
-        """The rows of a manifest; files that are missing count as bad.
+    def read_rows(self, manifest: str, *, required: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of a manifest, see `read_manifest`; files that are missing count as bad.
 
         Raises:
             DataError: the manifest cannot be read, or too many of its files are missing.
         """
-        rows = read_manifest(Path(manifest))
+        rows = read_manifest(Path(manifest), required=required)
         self._bad_files.watch(rows)
         return rows
 
@@ -181,16 +183,13 @@ class SystemData(pl.LightningDataModule):
             batch_size=self.batch_sizes[stage],
             rank=rank,
             num_replicas=world,
-            fixed_epoch=None if training or not self.val_fixed else 0,
+            fixed_epoch=None if training else 0,
             start_epoch=self._resumed["epoch"] if training else 0,
             skip=self._resumed["items"] // world if training else 0,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done.
-
-        And the bad files found so far.
-        """
+    def state_dict(self) -> dict[str, int]:
+        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done."""
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
@@ -200,13 +199,11 @@ class SystemData(pl.LightningDataModule):
         elif batches.is_last_batch or batch >= self.trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
         _, world = self._rank_and_world()
-        items = batch * self.batch_sizes["train"] * world
-        return {"epoch": epoch, "batch": batch, "items": items, "bad_files": self.bad_files}
+        return {"epoch": epoch, "batch": batch, "items": batch * self.batch_sizes["train"] * world}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called by Lightning before it asks for the loader."""
         self._resumed = {key: state_dict[key] for key in _START}
-        self._bad_files.found = {**state_dict.get("bad_files", {}), **self._bad_files.found}
         _, world = self._rank_and_world()
         if state_dict["items"] != state_dict["batch"] * self.batch_sizes["train"] * world:
             log.warning(

@@ -6,7 +6,7 @@ Decisions that are not obvious
 * An item may be several shorter mixtures in place of one (`pieces`). A batch then costs the same; with few steps to
   train for, many short mixtures teach more at first, and long ones teach later to keep talkers apart.
 * What is drawn for augmentation comes from a random stream of its own: with and without it an item has the same
-  speakers, and validation mixtures do not change when an option is added.
+  speakers (as its first piece), and validation mixtures do not change when an option is added.
 * Levels and the exact sum: data/levels.py.
 """
 
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from data.augment import change_speed, draw_gains_db, speed_ratios
 from data.cache import RowReader, cached_mb
-from data.epochs import at_epoch
+from data.epochs import Setting, at_epoch
 from data.errors import DataError
 from data.levels import add_up, collate_mixtures, common_gain, gain_to, rms
 from data.manifest import LINE_KEY
@@ -111,7 +111,7 @@ class MixtureDataset(Dataset):
         num_sources: int = 2,
         sample_rate: int = 8000,
         segment_s: float = 3.0,
-        pieces: int | Mapping[int, int] = 1,
+        pieces: Setting[int] = 1,
         snr_db: tuple[float, float] = (-5.0, 5.0),
         level_db: float | None = -25.0,
         seed: int = 0,

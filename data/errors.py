@@ -24,10 +24,6 @@ class FileError(DataError):
     The message begins with the file's path and ": ".
     """
 
-    @property
-    def path(self) -> str:
-        return str(self).partition(": ")[0].strip("'\"")  # a strange name is shown in quotes
-
 
 class AudioError(FileError):
     """One recording cannot be read or written."""

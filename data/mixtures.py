@@ -5,18 +5,19 @@ A manifest of talkers (rows with `audio_filepath`, `speaker`) is mixed on the fl
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from data.augment import speed_ratios
 from data.base import SystemData
+from data.checks import number, whole_number
 from data.dynamic_mixtures import MixtureDataset
-from data.epochs import values_of
+from data.epochs import Setting, values_of
 from data.errors import DataError
 from data.fixed_mixtures import FixedMixtureDataset
-from data.manifest import is_mixture
+from data.manifest import TALKER_KEYS, is_mixture
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class SeparationData(SystemData):
 
     Args:
         sample_rate: rate of all signals in Hz.
-        num_sources: talkers per mixture, 2 to 8.
+        num_sources: talkers per mixture, 1 to 8. One is for noisy speech: noise is all there is to take away.
         segment_s: length of a training mixture in seconds.
         eval_segment_s: length of a validation or test mixture in seconds; fixed mixtures are taken whole.
         level_db: RMS of a mixture, dB relative to full scale; None: as recorded.
@@ -67,7 +68,6 @@ class SeparationData(SystemData):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         seed: int = 0,
-        val_fixed: bool = True,
         max_bad_files: int = 10,
         max_bad_fraction: float = 0.01,
         loader: dict[str, Any] | None = None,
@@ -77,7 +77,7 @@ class SeparationData(SystemData):
         eval_segment_s: float = 4.0,
         level_db: float | None = -25.0,
         eval_seed: int = 5,
-        pieces: int | Mapping[int, int] = 1,
+        pieces: Setting[int] = 1,
         snr_db: Sequence[float] = (-5.0, 5.0),
         gain_db: float = 3.0,
         gain_p: float = 0.5,
@@ -101,33 +101,29 @@ class SeparationData(SystemData):
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             seed=seed,
-            val_fixed=val_fixed,
             max_bad_files=max_bad_files,
             max_bad_fraction=max_bad_fraction,
             loader=loader,
         )
-        if not 2 <= num_sources <= _MAX_SOURCES:
-            raise ValueError(f"num_sources must be 2 to {_MAX_SOURCES}, got {num_sources}")
-        if sample_rate <= 0 or segment_s <= 0 or eval_segment_s <= 0:
-            raise ValueError(
-                f"sample_rate {sample_rate}, segment_s {segment_s}, eval_segment_s {eval_segment_s}: must be positive"
-            )
-        if not gain_db >= 0 or not 0 <= gain_p <= 1 or not 0 <= noise_p <= 1:
-            raise ValueError(
-                f"gain_db {gain_db} must be 0 or more, gain_p {gain_p} and noise_p {noise_p} probabilities from 0 to 1"
-            )
-        if train_mixtures < 1 or val_mixtures < 0 or test_mixtures < 0:
-            raise ValueError(
-                f"train_mixtures {train_mixtures} must be 1 or more, val_mixtures {val_mixtures} and"
-                f" test_mixtures {test_mixtures} 0 or more"
-            )
+        if whole_number("num_sources", num_sources, least=1) > _MAX_SOURCES:
+            raise ValueError(f"num_sources must be 1 to {_MAX_SOURCES}, got {num_sources}")
+        least_s = 1 / whole_number("sample_rate", sample_rate, least=1)  # one sample
+        segment_s = number("segment_s", segment_s, least=least_s)
+        for piece in values_of("pieces", pieces):
+            if whole_number("pieces", piece, least=1) > segment_s * sample_rate:
+                raise ValueError(f"pieces must not be more than a segment has samples, got {piece}")
+        gain_db = number("gain_db", gain_db, least=0)
+        gain_p = number("gain_p", gain_p, least=0, most=1)
+        noise_p = number("noise_p", noise_p, least=0, most=1)
+        self.num_mixtures = {
+            "train": whole_number("train_mixtures", train_mixtures, least=1),
+            "val": whole_number("val_mixtures", val_mixtures, least=0),
+            "test": whole_number("test_mixtures", test_mixtures, least=0),
+        }
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache must be true, false or auto, got {cache!r}")
-        most = max(values_of("pieces", pieces))
-        if min(values_of("pieces", pieces)) < 1 or round(segment_s * sample_rate) < most:
-            raise ValueError(f"pieces must be from 1 to the samples of a segment, got {pieces}")
         speed_ratios(speed)  # refuses bad values here, not when training starts
-        self.num_mixtures = {"train": train_mixtures, "val": val_mixtures, "test": test_mixtures}
+        eval_segment_s = number("eval_segment_s", eval_segment_s, least=least_s)
         self.segments_s = {"train": segment_s, "val": eval_segment_s, "test": eval_segment_s}
         self.seeds = {"train": seed, "val": eval_seed, "test": eval_seed + 1}
         self.noise_manifests = {
@@ -164,7 +160,7 @@ class SeparationData(SystemData):
                 rows,
                 num_items=self.num_mixtures[stage],
                 segment_s=self.segments_s[stage],
-                noise_rows=None if noise_manifest is None else self.read_rows(noise_manifest),
+                noise_rows=None if noise_manifest is None else self.read_rows(noise_manifest, required=TALKER_KEYS),
                 **common,
                 **self.mixing,
                 **(self.augmentation if training else {}),

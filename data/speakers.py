@@ -76,10 +76,10 @@ def split_by_speaker(
     be mixed.
 
     Raises:
-        DataError: a row without speaker, or too few speakers (six for three splits).
+        DataError: fractions that leave nothing, a row without speaker, or too few speakers (six for three splits).
     """
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave a part to train on")
+        raise DataError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave a part to train on")
     rows = [dict(row) for row in rows]
     nameless = next((row for row in rows if not row.get("speaker")), None)
     if nameless is not None:

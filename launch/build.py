@@ -48,7 +48,7 @@ class Run:
         self.config = config = plain(cfg, typed_keys(self.overrides))
         self.resume = self._find_resume()
         if config["monitor"]["metric"] == "train_loss":
-            log.info("data.val_manifest is not set: no validation, train_loss decides what is best")
+            log.info("there is no data to validate on: no validation, train_loss decides what is best")
         self._forced: dict[str, Any] = {}  # optimiser values that a resumed run does not take from its checkpoint
         if self.resume is not None:
             content = read_checkpoint(self.resume)
@@ -66,6 +66,7 @@ class Run:
         parts = [self._system, self._data, *self._callbacks.values(), *self._loggers.values()]
         problems = [line for part in parts for line in part.problems]
         problems += wrong_arguments("trainer", pl.Trainer, self.trainer_section)
+        problems += disagreements(config["model"], config["data"])
         if problems:
             raise ConfigError("\n".join(problems))
         added = [override.lstrip("+").partition("=")[0] for override in self.overrides if override[0] == "+"]
@@ -75,7 +76,7 @@ class Run:
     def _find_resume(self) -> Path | None:
         """The checkpoint whose full state this run continues from; the run's first line says which."""
         if self.config["ckpt_path"]:
-            path = checkpoint.locate(self.config["ckpt_path"])
+            path = checkpoint.to_continue(self.config["ckpt_path"])
             log.info("continuing from %s in %s", path, self.directory)
         elif self.config["exp_manager"]["resume_if_exists"]:
             path = checkpoint.newest_readable(self.directory)
@@ -86,7 +87,11 @@ class Run:
         return path
 
     def data(self) -> SystemData:
-        return self._data.build()
+        """The data module; its test data is looked at now, since a mistake in it would show after training only."""
+        data = self._data.build()
+        if self.config["test"] and data.has_data("test"):
+            data.setup("test")
+        return data
 
     def system(self) -> System:
         """The system, with weights from `init_from` if that is given."""
@@ -172,17 +177,30 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
     Raises ConfigError naming all required keys that are not set.
     """
     data = cfg.get("data") or {}
+    manifests = ("train_manifest", "val_manifest", "test_manifest")
+    if data.get("speech_dir") and "data.speech_dir" not in typed and typed & {f"data.{key}" for key in manifests}:
+        data.speech_dir = None  # typed manifests take the place of a recipe's or a checkpoint's folder
     if data.get("speech_dir"):  # the folder takes the place of a recipe's manifests
-        for key in ("train_manifest", "val_manifest", "test_manifest"):
-            if key in data and f"data.{key}" not in typed:
+        for key in manifests:
+            if key in list(data) and f"data.{key}" not in typed:  # `in data` is false for one that must be set
                 data[key] = None
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
-    if data.get("val_manifest", "") is None and not data.get("speech_dir"):
+    no_validation = data.get("val_manifest", "") is None and not data.get("speech_dir")
+    if "monitor" in cfg and (no_validation or data.get("val_mixtures") == 0):
         cfg.monitor = {"metric": "train_loss", "mode": "min"}
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return container  # type: ignore[return-value]
+
+
+def disagreements(model: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    """A line for each key, such as the sample rate, that the system and its data both have and do not agree on."""
+    shared = sorted(key for key in model.keys() & data.keys() if key[0] != "_" and model[key] != data[key])
+    return [
+        f"data.{key}={data[key]} differs from the system's {model[key]}: set model.{key}, data follows"
+        for key in shared
+    ]
 
 
 def typed_keys(overrides: list[str]) -> set[str]:

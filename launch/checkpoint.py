@@ -64,6 +64,18 @@ def locate(path: str | Path) -> Path:
     return found
 
 
+def to_continue(path: str | Path) -> Path:
+    """The checkpoint to continue from: a file, or what the newest run in a directory would be resumed from."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    run = newest_run(path)
+    found = None if run is None else newest_readable(run)
+    if found is None:
+        raise CheckpointError(f"{path}: a directory without a checkpoint in it that can be read")
+    return found
+
+
 def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str, Any]:
     """What of a checkpoint's configuration a script takes as the base for typed overrides.
 

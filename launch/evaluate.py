@@ -17,7 +17,7 @@ from callbacks.progress import Progress
 from data.audio import atomic_path
 from data.base import SystemData
 from launch import checkpoint, report
-from launch.build import plain, typed_keys
+from launch.build import disagreements, plain, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten, resolve_hardware, share_cores
 from launch.targets import Blueprint, wrong_arguments
@@ -32,10 +32,12 @@ def run(cfg: DictConfig) -> None:
     quieten()
     config = plain(cfg, typed_keys(list(HydraConfig.get().overrides.task)))
     path = checkpoint.locate(config["ckpt_path"])
-    system = build_system(read_checkpoint(path), path, config["packages"])
+    content = read_checkpoint(path)
+    system = build_system(content, path, config["packages"])
     section = resolve_hardware(config["trainer"])
     data = Blueprint("data", config["data"], SystemData, config["packages"])
     problems = [*data.problems, *wrong_arguments("trainer", pl.Trainer, section)]
+    problems += disagreements(content["system"]["arguments"], config["data"])
     for key in ("output", "per_file"):
         if config[key] and Path(config[key]).is_dir():
             problems.append(f"{key}={config[key]}: is a folder, the name of a file is needed")
@@ -43,7 +45,8 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("\n".join(problems))
     datamodule = data.build()
     if not datamodule.has_data("test"):
-        raise ConfigError("set data.test_manifest=…: the checkpoint's run had no test data")
+        none = "data.test_mixtures=0" if config["data"].get("test_mixtures") == 0 else "data.test_manifest is not set"
+        raise ConfigError(f"{none}: set data.test_manifest=… (the checkpoint's run had no test data)")
     share_cores(section, config["cpu_threads"])
     examples = Examples()
     trainer = pl.Trainer(

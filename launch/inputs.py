@@ -62,7 +62,8 @@ def output_names(inputs: list[Input]) -> list[str]:
 
 def _is_recording(file: Path, folder: Path, kind: str, output: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    inner = output.resolve() != folder.resolve() and file.resolve().is_relative_to(output.resolve())
+    top, results = folder.resolve(), output.resolve()
+    inner = results != top and results.is_relative_to(top) and file.resolve().is_relative_to(results)
     return file.suffix.lower() in _SUFFIXES[kind] and not hidden and not inner and file.is_file()
 
 

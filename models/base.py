@@ -136,7 +136,16 @@ class System(pl.LightningModule, ABC):
             (parameter for parameter in self.parameters() if parameter.requires_grad), self.optim
         )
         schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
+        if schedule and str(schedule.get("monitor", "")).startswith("val_"):
+            schedule["frequency"] = self.trainer.check_val_every_n_epoch or 1  # only epochs with a value of their own
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if metric is not None:
+            # A training metric is each process's own; rates that differ would let the replicas drift apart.
+            own = torch.as_tensor(metric, device=self.device)
+            metric = self.trainer.strategy.reduce(own, reduce_op="mean")
+        super().lr_scheduler_step(scheduler, metric)
 
     def _total_steps(self) -> float:
         if self.trainer.max_steps > 0:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.torch_version import TorchVersion
 
 from models.base import System
 
@@ -69,7 +70,8 @@ def read_plain(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals([TorchVersion]):  # a str, in files of other frameworks
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused, it holds more than plain data ({_cause(error)})") from error
     except Exception as error:  # torch has no error class of its own for a damaged archive

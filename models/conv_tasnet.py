@@ -3,6 +3,7 @@
 Trained with the permutation-invariant negative SI-SDR of the estimates (Kolbaek et al. 2017, arXiv:1703.06284).
 """
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from losses.pit import pit_neg_si_sdr, reorder
 from metrics.separation import SeparationMetrics
 from models.base import System
-from models.importers.conv_tasnet import convert
+from models.importers.conv_tasnet import asteroid_arguments, convert
 from modules.chunking import separate_in_chunks
 from modules.conv_tasnet import ConvTasNet as Network
 from modules.conv_tasnet_stream import separate_stream
 from modules.levels import restore_levels
 from modules.resampling import resample
+
+log = logging.getLogger(__name__)
 
 
 class ConvTasNet(System):
@@ -117,7 +120,17 @@ class ConvTasNet(System):
         return signals
 
     def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
-        state, _ = convert(content)  # of ours, of torchaudio, of asteroid
+        state, source = convert(content)
+        own = dict(self.hparams)
+        if source == "asteroid" and isinstance(arguments := content.get("model_args"), dict):
+            theirs = asteroid_arguments(arguments)
+            if theirs["stride"] == theirs["kernel_size"] // 2:
+                theirs["stride"] = own["stride"] or None
+            if wrong := [f"model.{key}={value}" for key, value in theirs.items() if own[key] != value]:
+                raise ValueError(f"weights of another network; set {' '.join(wrong)}".replace("=None", "=null"))
+        elif source != "ours":
+            kept = ", ".join(f"{key}={own[key]}" for key in ("mask", "norm", "causal", "padding", "encoder_activation"))
+            log.warning("%s's weights do not say what they were trained with; taken for %s", source, kept)
         return {name if name.startswith("network.") else f"network.{name}": value for name, value in state.items()}
 
     def example_input(self) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from models.muon import Muon
+
 log = logging.getLogger(__name__)
 
 SCHEDULES = (None, "none", "halving", "plateau", "cosine")
@@ -66,6 +68,8 @@ def _optimizer_class(name: str) -> Callable[..., Optimizer]:
         except ImportError:
             raise ValueError("model.optim.name=adam8bit needs a package: pip install bitsandbytes") from None
         return Adam8bit
+    if name.lower() == "muon":
+        return Muon  # not torch's, which takes matrices only
     classes = {
         key.lower(): value
         for key, value in vars(torch.optim).items()

@@ -62,7 +62,7 @@ def test_a_small_acceptance_run(in_tmp: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((in_tmp / "work" / "conv_tasnet" / "result.json").read_text())
     assert {row["name"] for row in result["rows"]} == {
-        "ours", "plain torchaudio loop", "untrained network", "unprocessed", "silence",
+        "ours", "plain torchaudio loop", "untrained network", "ours, all masks one", "unprocessed", "silence",
     }  # fmt: skip
     assert all(len(values) == 60 for values in result["scores"].values())
     assert result["facts"]["ours"]["steps"] > 0

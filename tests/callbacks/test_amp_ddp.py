@@ -18,7 +18,7 @@ def section(accelerator: str = "cpu", devices=1, num_nodes: int = 1) -> dict:
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16-mixed"), (False, "16-mixed")])
 def test_precision_by_device(monkeypatch: pytest.MonkeyPatch, bf16: bool, expected: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     auto = AutoPrecision()
     assert auto.trainer_kwargs(system=PLAIN, trainer=section("cuda")) == {"precision": expected}
     assert auto.trainer_kwargs(system=PLAIN, trainer=section("cpu")) == {}, "off on a CPU unless asked"

@@ -247,13 +247,13 @@ def test_without_a_level_the_first_talker_keeps_its_own() -> None:
 
 def test_pieces_are_mixtures_of_their_own(make_corpus, tmp_path):
     talkers = make_corpus(tmp_path)
-    dataset = MixtureDataset(talkers, num_items=4, segment_s=0.5, pieces={0: 4, 2: 1}, seed=3)
+    dataset = MixtureDataset(talkers, num_items=4, segment_s=0.5, pieces=[[0, 4], [2, 1]], seed=3)
     batch = dataset.collate([dataset[(0, 0)], dataset[(1, 0)]])
     assert batch["sources"].shape == (8, 2, 1000) and batch["length"].tolist() == [1000] * 8
     assert torch.equal(batch["mixture"], batch["sources"].sum(1))
     pieces = [piece for item in (dataset[(0, 0)], dataset[(0, 1)]) for piece in item]
     assert len({tuple(piece["mixture"][:4].tolist()) for piece in pieces}) == 8, "no two are the same"
-    again = MixtureDataset(talkers, num_items=4, segment_s=0.5, pieces={0: 4, 2: 1}, seed=3)[(0, 0)]
+    again = MixtureDataset(talkers, num_items=4, segment_s=0.5, pieces=[[0, 4], [2, 1]], seed=3)[(0, 0)]
     assert all(torch.equal(a["mixture"], b["mixture"]) for a, b in zip(again, dataset[(0, 0)], strict=True))
     whole = MixtureDataset(talkers, num_items=4, segment_s=0.5, seed=3)
     assert torch.equal(dataset[(1, 2)]["mixture"], whole[(1, 2)]["mixture"]), "from epoch 2 on as without pieces"

@@ -72,8 +72,13 @@ def test_manifest_rows_are_read_through(manifests):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"num_sources": 1},
+        {"num_sources": 0},
         {"num_sources": 9},
+        {"train_mixtures": 2.5},
+        {"gain_db": None},
+        {"pieces": 1.5},
+        {"pieces": [[1, 4]]},
+        {"pieces": "two"},
         {"gain_db": -1.0},
         {"gain_p": 1.5},
         {"noise_p": -0.1},

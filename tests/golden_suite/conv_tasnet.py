@@ -194,5 +194,7 @@ def _index(path: Path, check: Check) -> None:
             _, metadata = read_tensors(file)
             header = _header(entry)
             for name in sorted(metadata.keys() & header.keys()):
-                values = [json.loads(text) if text[:1] in "{[" else text for text in (header[name], metadata[name])]
+                values = [
+                    json.loads(text) if text.startswith(("{", "[")) else text for text in (header[name], metadata[name])
+                ]
                 check.equal(f"{file.name}: {name} in index.json and header", *values)

@@ -29,7 +29,7 @@ from tests.golden_suite.suite import Case, Check, GoldenError, read_json, read_t
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TOLERANCE_DB = {"float64": 1e-6, "float32": 5e-3}
-ASTEROID_TOLERANCE_DB = {"float64": 1e-9, "float32": 5e-3}
+ASTEROID_TOLERANCE_DB = {"float64": 1e-9, "float32": 2e-2}  # it lists pairs that hardly match, at -60 dB and below
 PERFECT_DB = 80.0  # Above, a value is what rounding left, which differs from one processor to the next.
 NOT_OURS = {"snr", "sdsdr", "torchmetrics.snr", "torchmetrics.snr.zero_mean", "sir", "sar"}
 # Key -> kind of ratio, whether means are removed.
@@ -130,10 +130,10 @@ def _asteroid(estimates: Tensor, targets: Tensor, *, zero_mean: bool) -> dict[st
 
 def _ours(estimates: Tensor, targets: Tensor, mixture: Tensor, kind: str, zero_mean: bool) -> dict[str, list[Tensor]]:
     """Fields of a library's entry -> our values, one for each of our functions that has this ratio. (B, C) each."""
-    # SDR has no permutation of its own here: it takes that of the training loss.
-    loss, permutation = pit_neg_si_sdr(estimates, targets, zero_mean=zero_mean or kind == "sdr")
-    in_order = reorder(estimates, permutation)
     if kind == "sdr":
+        pairs = [_sdr(e.unsqueeze(1).expand_as(targets), targets, zero_mean=zero_mean) for e in estimates.unbind(1)]
+        _, permutation = permutation_invariant_loss(-torch.stack(pairs, 1))  # (B, C, C): estimate, target
+        in_order = reorder(estimates, permutation)
         after, before = (_sdr(signals, targets, zero_mean=zero_mean) for signals in (in_order, mixture))
         return {
             "per_source": [after],
@@ -143,6 +143,8 @@ def _ours(estimates: Tensor, targets: Tensor, mixture: Tensor, kind: str, zero_m
             "sdr": [after],
             "perm": [permutation],
         }
+    loss, permutation = pit_neg_si_sdr(estimates, targets, zero_mean=zero_mean)
+    in_order = reorder(estimates, permutation)
     functions = [partial(loss_si_sdr, zero_mean=zero_mean), *([metric_si_sdr] if zero_mean else [])]
     after = [function(in_order, targets) for function in functions]
     before = [function(mixture, targets) for function in functions]

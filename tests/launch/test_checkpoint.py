@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchaudio
 
-from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers, start_from_weights
+from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers, start_from_weights, to_continue
 from launch.errors import ConfigError
 from models import load
 from models.checkpoint import CheckpointError, read_checkpoint
@@ -209,3 +209,10 @@ def test_weights_of_nobody_are_one_line(in_tmp: Path) -> None:
     torch.save({"layer.weight": torch.zeros(1)}, "other.pth")
     with pytest.raises(ConfigError, match=r"init_from=other.pth: no weights of a Conv-TasNet .*layer.weight"):
         start_from_weights(ConvTasNet(), "other.pth", None, [])
+
+
+def test_a_run_directory_continues_from_its_last_checkpoint(trained: Path) -> None:
+    assert to_continue(trained) == to_continue(trained.parent) == trained / "checkpoints" / "last.ckpt"
+    assert to_continue(trained / "x.ckpt") == trained / "x.ckpt"
+    with pytest.raises(CheckpointError, match="a directory without a checkpoint in it that can be read"):
+        to_continue(trained / "checkpoints")

@@ -12,6 +12,7 @@ import torch
 from data.manifest import read_manifest, write_manifest
 from launch.evaluate import Examples, in_turn, write_rows
 from models.conv_tasnet import ConvTasNet
+from tests.conftest import TINY
 
 
 def test_means_are_those_of_the_examples(trained: Path, script, in_tmp: Path) -> None:
@@ -41,6 +42,28 @@ def test_files_that_could_not_be_used_are_named(trained: Path, script, in_tmp: P
     assert list(bad_files) == [str(in_tmp / "empty.wav")]
     done = script("evaluate", [f"ckpt_path={trained}", "data.test_manifest=test.jsonl", "data.max_bad_files=0"])
     assert done.code == 2 and f"{in_tmp / 'empty.wav'}: is empty" in done.err
+
+
+def test_a_run_on_a_folder_without_validation(script, in_tmp: Path, corpus: Path) -> None:
+    """Its checkpoint is scored on a typed manifest, which takes the folder's place."""
+    own = ["data.val_mixtures=0", f"data.speech_dir={corpus / 'speech'}", "exp_manager.version=x", "test=false"]
+    done = script("train", ["model=conv_tasnet", "debug=fast", *TINY, *own])
+    assert done.code == 0 and "no validation, train_loss decides" in done.text, done.text
+    typed = [f"data.test_manifest={corpus / 'test.jsonl'}", "data.test_mixtures=2"]
+    done = script("evaluate", ["ckpt_path=runs/conv_tasnet/x/checkpoints/last.ckpt", *typed])
+    assert done.code == 0 and "test_si_sdri" in done.text, done.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("data.sample_rate=16000", "data.sample_rate=16000 differs from the system's 8000: set model.sample_rate"),
+        ("data.test_mixtures=0", "data.test_mixtures=0: set data.test_manifest=…"),
+    ],
+)
+def test_data_that_does_not_fit(trained: Path, script, in_tmp: Path, typed: str, expected: str) -> None:
+    done = script("evaluate", [f"ckpt_path={trained}", typed])
+    assert done.code == 2 and expected in done.err
 
 
 def test_a_folder_is_no_file_to_write(trained: Path, script, in_tmp: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -134,3 +135,20 @@ def test_predict_undoes_the_level() -> None:
 def test_example_input_fits_forward() -> None:
     system = ConvTasNet(**SMALL)
     assert system(*system.example_input().values()).shape[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(("monitor", "frequency"), [("val_si_sdri", 5), ("train_loss", 1)])
+def test_a_plateau_is_looked_for_when_there_is_a_new_value(monitor: str, frequency: int) -> None:
+    system = ConvTasNet(**SMALL, optim={"sched": {"name": "halving", "monitor": monitor}})
+    system.trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=9, check_val_every_n_epoch=5)
+    assert system.configure_optimizers()["lr_scheduler"].get("frequency", 1) == frequency
+
+
+def test_a_plateau_is_the_same_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, seen = ConvTasNet(**SMALL), []
+    system.trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=9)
+    monkeypatch.setattr(system.trainer.strategy, "reduce", lambda value, reduce_op: (value + 3) / 2)
+    scheduler = build_schedule(torch.optim.SGD(parameters(), lr=1), 9, name="halving")["scheduler"]  # type: ignore[index]
+    monkeypatch.setattr(scheduler, "step", lambda metric: seen.append(float(metric)))
+    system.lr_scheduler_step(scheduler, 1.0)
+    assert seen == [2.0], "the mean over the processes"

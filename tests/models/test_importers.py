@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from torchaudio.models import ConvTasNet as TorchaudioConvTasNet
 
+from models.checkpoint import read_plain
+from models.conv_tasnet import ConvTasNet as System
 from models.importers.conv_tasnet import asteroid_arguments, convert, torchaudio_arguments
 from modules.conv_tasnet import ConvTasNet
 
@@ -124,10 +126,10 @@ def test_package_that_asteroid_serialises(tmp_path):
         "model_name": "ConvTasNet",
         "state_dict": asteroid_state(skip_channels=None, causal=True),
         "model_args": arguments,
-        "infos": {"software_versions": {"torch_version": "2.11.0"}},
+        "infos": {"software_versions": {"torch_version": torch.__version__}},
     }
     torch.save(package, tmp_path / "model.pth")
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    content = read_plain(tmp_path / "model.pth")
     state, source = convert(content)
     ours = asteroid_arguments(content["model_args"])
     ConvTasNet(**ours).load_state_dict(state)
@@ -200,3 +202,26 @@ def test_arguments_without_counterpart(mapping, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         mapping(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_an_asteroid_package_says_which_network_it_is_of():
+    arguments = {
+        "n_src": 2, "n_filters": 8, "kernel_size": 4, "stride": 2, "bn_chan": 5, "hid_chan": 6, "skip_chan": 7,
+        "n_blocks": 2, "n_repeats": 2, "norm_type": "gLN", "mask_act": "relu",
+    }  # fmt: skip
+    package = {"model_name": "ConvTasNet", "state_dict": asteroid_state(skip_channels=7, causal=False)}
+    sizes = {
+        "num_filters": 8, "kernel_size": 4, "bottleneck_channels": 5, "hidden_channels": 6, "skip_channels": 7,
+        "num_blocks": 2, "num_repeats": 2,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"weights of another network; set model\.padding=valid$"):
+        System(**sizes).import_weights(package | {"model_args": arguments})
+    state = System(**sizes, padding="valid").import_weights(package | {"model_args": arguments})
+    assert "network.encoder.weight" in state
+
+
+def test_weights_without_arguments_are_taken_with_a_warning(caplog):
+    System().import_weights(torchaudio_network().state_dict())
+    assert (
+        "torchaudio's weights do not say what they were trained with; taken for mask=relu, norm=global" in caplog.text
+    )
