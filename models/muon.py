@@ -30,17 +30,25 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
     Five steps of a Newton-Schulz iteration in float32, which need matrix products only.
 
-    Shape: (M, N) -> (M, N).
+    Shape: (…, M, N) -> (…, M, N).
     """
     a, b, c = _COEFFICIENTS
-    x = matrix.float() / (matrix.float().norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
+    x = matrix.float()
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
+        x = x.mT
     for _ in range(_ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+def _by_shape(weights: list[Tensor]) -> list[list[Tensor]]:
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+    for weight in weights:
+        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
+    return list(alike.values())
 
 
 class Muon(Optimizer):
@@ -76,22 +84,26 @@ class Muon(Optimizer):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if group["matrices"]:
-                for weight in weights:
-                    self._move_matrix(weight, group)
+                for alike in _by_shape(weights):
+                    self._move_matrices(alike, group)
             elif weights:
                 self._move_others(weights, group)
         return loss
 
-    def _move_matrix(self, weight: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = weight.grad, self.state[weight]
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov's
-        update = orthogonalised(direction.flatten(1)).view_as(weight)
-        scale = 0.2 * max(weight.shape[:2]) ** 0.5  # as large as Adam's
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+    def _move_matrices(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Weights of one shape together: their many small products become few."""
+        directions = []
+        for weight in weights:
+            gradient, state = weight.grad, self.state[weight]
+            assert gradient is not None
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            directions.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))  # Nesterov's
+        scale = 0.2 * max(directions[0].shape) ** 0.5  # as large as Adam's
+        for weight, update in zip(weights, orthogonalised(torch.stack(directions)), strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
 
     def _move_others(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights:
