@@ -179,7 +179,7 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
     data = cfg.get("data") or {}
     manifests = ("train_manifest", "val_manifest", "test_manifest")
     if data.get("speech_dir") and "data.speech_dir" not in typed and typed & {f"data.{key}" for key in manifests}:
-        data.speech_dir = None  # typed manifests take the place of a recipe's or a checkpoint's folder
+        data["speech_dir"] = None  # typed manifests take the place of a recipe's or a checkpoint's folder
     if data.get("speech_dir"):  # the folder takes the place of a recipe's manifests
         for key in manifests:
             if key in list(data) and f"data.{key}" not in typed:  # `in data` is false for one that must be set
