@@ -94,7 +94,10 @@ def _is_silent(signals: Tensor, rms: float) -> bool:
 
 
 class SeparationMetrics(Metric):
-    """Averages over mixtures, with the best permutation of the estimates for each; sums are taken over all processes.
+    """Averages over mixtures, with the best permutation of the estimates for each.
+
+    Sums are taken over all processes. Where these have different numbers of batches, an example that is repeated to
+    make them equal (data/sampler.py) counts twice.
 
     `compute()` returns float32 scalars: `si_sdr`, `si_sdri` (improvement over the mixture), with *sdr* also `sdr`; for
     each `<name>_stderr`, the standard error of its mean over mixtures; `num_mixtures` (all that were seen), and of
