@@ -66,9 +66,9 @@ class BadFiles:
         self._note(missing)
         self.check()
 
-    def add(self, errors: Iterable[FileError]) -> None:
-        """Count what a batch met with. A single process checks the limit at once."""
-        self._note({self._path(str(error)): str(error) for error in errors})
+    def add(self, messages: Iterable[str]) -> None:
+        """Count the files that a batch met with. A single process checks the limit at once."""
+        self._note({self._path(message): message for message in messages})
         if self.num_processes == 1:
             self.check()
 
@@ -158,5 +158,5 @@ class ResilientDataset(Dataset):
         """Raises DataError when a single process has now met more bad files than accepted."""
         if isinstance(batch, _Met):
             batch, messages = batch
-            self.bad_files.add(FileError(message) for message in messages)
+            self.bad_files.add(messages)
         return batch

@@ -124,8 +124,8 @@ class ConvTasNet(System):
         own = dict(self.hparams)
         if source == "asteroid" and isinstance(arguments := content.get("model_args"), dict):
             theirs = asteroid_arguments(arguments)
-            if theirs["stride"] == theirs["kernel_size"] // 2:
-                theirs["stride"] = own["stride"] or None
+            for network in (own, theirs):
+                network["stride"] = network["stride"] or network["kernel_size"] // 2
             if wrong := [f"model.{key}={value}" for key, value in theirs.items() if own[key] != value]:
                 raise ValueError(f"weights of another network; set {' '.join(wrong)}".replace("=None", "=null"))
         elif source != "ours":

@@ -142,7 +142,7 @@ def test_data_without_a_good_example_is_an_error():
 def test_several_processes_do_not_stop_alone():
     bad_files = BadFiles(max_files=0)
     bad_files.num_processes = 2
-    bad_files.add([AudioError("1.wav: is empty")])
+    bad_files.add(["1.wav: is empty"])
     bad_files.merge({"2.wav": "2.wav: is empty"})
     with pytest.raises(DataError, match=r"(?s)2 of 0 files.*1\.wav.*2\.wav"):
         bad_files.check()
@@ -207,9 +207,9 @@ def test_a_path_may_hold_what_ends_one_in_a_message():
     bad_files = BadFiles()
     bad_files.watch([{"audio_filepath": path, "manifest_line": path[-5]} for path in ("Take: 1.wav", "Take: 2.wav")])
     bad_files.found.clear()
-    bad_files.add([AudioError("Take: 1.wav: is empty: 0 bytes"), AudioError("Take: 2.wav: is empty: 0 bytes")])
+    bad_files.add(["Take: 1.wav: is empty: 0 bytes", "Take: 2.wav: is empty: 0 bytes"])
     assert sorted(bad_files.found) == ["Take: 1.wav", "Take: 2.wav"]
-    bad_files.add([AudioError("'odd\\0.wav': is empty")])
+    bad_files.add(["'odd\\0.wav': is empty"])
     assert "odd\\0.wav" in bad_files.found
 
 

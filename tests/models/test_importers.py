@@ -216,7 +216,9 @@ def test_an_asteroid_package_says_which_network_it_is_of():
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"weights of another network; set model\.padding=valid$"):
         System(**sizes).import_weights(package | {"model_args": arguments})
-    state = System(**sizes, padding="valid").import_weights(package | {"model_args": arguments})
+    with pytest.raises(ValueError, match=r"set model\.stride=2$"):
+        System(**sizes, padding="valid", stride=1).import_weights(package | {"model_args": arguments})
+    state = System(**sizes, padding="valid", stride=2).import_weights(package | {"model_args": arguments})
     assert "network.encoder.weight" in state
 
 
