@@ -2,7 +2,8 @@
 
 Fixed data, seeds and CPU budget (benchmarks/protocols/<system>.yaml); ours and the honest and dumb baselines scored in
 one process on the same examples; mean, standard error and paired differences; a table and a JSON file. A system adds
-itself with a module benchmarks/accept_<system>.py that defines `scores`.
+itself with a protocol and a module benchmarks/accept_<system>.py that defines
+`report(protocol, manifest, work) -> (text, result)`: what to print, and what goes to the JSON file.
 """
 
 import argparse
@@ -54,9 +55,13 @@ def table(rows: list[dict[str, Any]], unit: str) -> str:
     return "\n".join(lines)
 
 
-def plain_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON knows no NaN."""
-    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+def plain_numbers(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_numbers(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the protocol's manifest")
     parser.add_argument("--work", type=Path, default=Path("runs/accept"), help="where runs and results go")
     parser.add_argument("--cpu-minutes", type=float, help="another budget than the protocol's: no acceptance")
+    parser.add_argument("--ckpt", type=Path, help="score this checkpoint instead of training one (deepvqe)")
     arguments = parser.parse_args(argv)
+    if arguments.ckpt and arguments.system != "deepvqe":
+        parser.error(
+            f"--ckpt: {arguments.system} trains ours beside its peer, an older checkpoint would be no comparison"
+        )
+    if arguments.ckpt and not arguments.ckpt.is_file():
+        parser.error(f"--ckpt: {arguments.ckpt}: no such file")
 
     protocol = yaml.safe_load((HERE / "protocols" / f"{arguments.system}.yaml").read_text())
     if arguments.cpu_minutes:
@@ -77,24 +89,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     work = arguments.work / arguments.system
     work.mkdir(parents=True, exist_ok=True)
-    harness: Callable[..., tuple[Scores, str, dict[str, Any]]]
-    harness = importlib.import_module(f"benchmarks.accept_{arguments.system}").scores
-    scores, unit, facts = harness(protocol, manifest, work)
-
-    rows = summarise(scores)
-    print(table(rows, unit))
+    harness = importlib.import_module(f"benchmarks.accept_{arguments.system}")
+    report: Callable[..., tuple[str, dict[str, Any]]] = harness.report
+    options = {"checkpoint": arguments.ckpt} if arguments.ckpt else {}
+    text, result = report(protocol, manifest, work, **options)
+    print(text)
     result = {
         "system": arguments.system,
         "protocol": protocol,
-        "unit": unit,
-        "rows": plain_numbers(rows),
-        "scores": scores,
-        "facts": facts,
+        **result,
         "cpu_minutes_total": clock.cpu_seconds() / 60,
         "wall_minutes_total": clock.wall_seconds() / 60,
         "platform": platform.platform(),
     }
-    (work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (work / "result.json").write_text(json.dumps(plain_numbers(result), indent=2) + "\n")
     print(f"written: {work / 'result.json'}")
     return 0
 

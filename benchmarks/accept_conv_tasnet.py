@@ -1,16 +1,11 @@
 """Separation of talkers that were never heard: ours against a plain loop around torchaudio's network.
 
 Both get the same CPU minutes, one thread and the same training talkers, and run at the same time, so that neighbours
-on the machine trouble both alike. Ours is `experiment=conv_tasnet_demo` with epochs as long as a short calibration says
-will fit, less a reserve (its schedules need an end); the calibration is paid from the budget. The plain loop is what a
-reader of torchaudio's documentation would write: its network at a small size (331 thousand weights), Adam at 1e-3,
-clipping at 5, batches of 4 x 3 s, no schedule.
+on the machine trouble both alike. Ours is `experiment=conv_tasnet_demo` with epochs as long as will fit
+(benchmarks/training.py). The plain loop is what a reader of torchaudio's documentation would write: its network at a
+small size (331 thousand weights), Adam at 1e-3, clipping at 5, batches of 4 x 3 s, no schedule.
 """
 
-import json
-import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +15,8 @@ import torchaudio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.accept import Scores
-from callbacks import clock
+from benchmarks.accept import Scores, summarise, table
+from benchmarks.training import OurTraining
 from data.manifest import read_manifest, write_manifest
 from data.mixtures import MixtureDataset
 from data.sampler import EpochSampler
@@ -31,14 +26,20 @@ from models import load
 from models.checkpoint import read_checkpoint
 from models.conv_tasnet import ConvTasNet
 
-ROOT = Path(__file__).parent.parent
+UNIT = "SI-SDRi in dB"
 _EPOCHS, _BATCH_SIZE = 5, 2  # of the recipe
-_CALIBRATION_STEPS = (5, 40)
 _RESERVE = 0.12  # of the budget: what steps may cost more beside the other training than in the calibration
 
 
-def scores(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[Scores, str, dict[str, Any]]:
-    """SI-SDRi in dB of every contestant on the protocol's test mixtures."""
+def report(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[str, dict[str, Any]]:
+    """SI-SDRi of every contestant on the protocol's test mixtures, and ours against each."""
+    scores, facts = score_contestants(protocol, manifest, work)
+    rows = summarise(scores)
+    return table(rows, UNIT), {"unit": UNIT, "rows": rows, "scores": scores, "facts": facts}
+
+
+def score_contestants(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[Scores, dict[str, Any]]:
+    """SI-SDRi in dB of every contestant on every mixture, and what the trainings took."""
     rows = read_manifest(manifest)
     test_speakers = set(protocol["test_speakers"])
     if missing := test_speakers - {row["speaker"] for row in rows}:
@@ -53,7 +54,7 @@ def scores(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[Scores
 
     mixtures = mixture_dataset(test_rows, protocol, protocol["num_mixtures"], protocol["segment_s"], protocol["seed"])
     test = MixtureDataset.collate([mixtures[(index, 0)] for index in range(len(mixtures))])
-    ours = OurTraining(protocol, train_manifest, work)
+    ours = start_ours(protocol, train_manifest, work)
     plain, plain_facts = train_plain_loop(protocol, train_rows)
     checkpoint, our_facts = ours.finish()
     system = load(checkpoint)
@@ -70,7 +71,7 @@ def scores(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[Scores
         "silence": lambda mixture: torch.zeros_like(mixture)[:, None].expand(-1, sources, -1),
     }
     results = {name: si_sdri(separate, test) for name, separate in contestants.items()}
-    return results, "SI-SDRi in dB", {"ours": our_facts, "plain torchaudio loop": plain_facts}
+    return results, {"ours": our_facts, "plain torchaudio loop": plain_facts}
 
 
 def mixture_dataset(
@@ -108,66 +109,28 @@ def si_sdri(separate: Any, test: dict[str, Tensor]) -> list[float]:
     return values
 
 
-class OurTraining:
-    """The demo recipe through the command line, in a process of its own that is running once this is made.
-
-    Its schedule needs an end: two short runs first tell how many steps the budget holds, and are paid from it.
-    """
-
-    def __init__(self, protocol: dict[str, Any], manifest: Path, work: Path) -> None:
-        base = [
-            "experiment=conv_tasnet_demo",
-            f"data.train_manifest={manifest}",
-            "data.val_manifest=null",
-            "data.test_manifest=null",
-            f"seed={protocol['train_seed']}",
-            f"exp_manager.exp_dir={work}",
-        ]
-        costs = []
-        for steps in _CALIBRATION_STEPS:
-            before = clock.cpu_seconds()
-            start_train([*base, "exp_manager.name=calibration", *length(steps)]).wait()
-            costs.append(clock.cpu_seconds() - before)
-        few, many = _CALIBRATION_STEPS
-        step_s = (costs[1] - costs[0]) / (many - few)
-        start_up_s = costs[0] - few * step_s
-        left_s = 60 * protocol["cpu_minutes"] - sum(costs)
-        self.calibration_s = sum(costs)
-        affordable = (1 - _RESERVE) * (left_s - start_up_s) / step_s
-        self.planned = _EPOCHS * max(1, math.floor(affordable / _EPOCHS))
-        print(f"ours: {step_s:.3f} CPU-s per step, {self.planned} steps in what is left of the budget", flush=True)
-        limits = [*length(self.planned), f"callbacks.budget.cpu_minutes={left_s / 60}"]
-        self.folder = work / "ours"
-        self.process = start_train([*base, "exp_manager.name=ours", *limits], quiet=True)
-
-    def finish(self) -> tuple[Path, dict[str, Any]]:
-        """Wait for the end of training; its last checkpoint and what it took."""
-        if self.process.wait() != 0:
-            raise SystemExit("error: our training failed, see its train.log")
-        run = newest(self.folder)
-        summary = json.loads((run / "summary.json").read_text())
-        facts = {
-            "cpu_minutes": (summary["cpu_s"] + self.calibration_s) / 60,
-            "steps": summary["steps"],
-            "planned_steps": self.planned,
-            "wall_s": summary["wall_s"],
-        }
-        print(f"ours: {facts['steps']} steps, {facts['cpu_minutes']:.2f} CPU-minutes with start-up and calibration")
-        return run / "checkpoints" / "last.ckpt", facts
+def start_ours(protocol: dict[str, Any], manifest: Path, work: Path) -> OurTraining:
+    """The demo recipe, its epochs stretched or cut to fit."""
+    overrides = [
+        "experiment=conv_tasnet_demo",
+        f"data.train_manifest={manifest}",
+        "data.val_manifest=null",
+        "data.test_manifest=null",
+        f"seed={protocol['train_seed']}",
+    ]
+    return OurTraining(
+        overrides,
+        length=length,
+        epochs=_EPOCHS,
+        cpu_minutes=protocol["cpu_minutes"],
+        reserve=_RESERVE,
+        work=work,
+    )
 
 
 def length(steps: int) -> list[str]:
     """Overrides that stretch the recipe's epochs to so many steps in all."""
     return [f"trainer.max_steps={steps}", f"data.train_mixtures={steps // _EPOCHS * _BATCH_SIZE}"]
-
-
-def start_train(arguments: list[str], *, quiet: bool = False) -> subprocess.Popen:
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=output)
-
-
-def newest(folder: Path) -> Path:
-    return max(folder.iterdir(), key=lambda run: run.stat().st_mtime)
 
 
 def train_plain_loop(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:

@@ -18,7 +18,7 @@ Decisions that are not obvious
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ _LFS_HEAD = b"version https://git-lfs"
 _UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 for streams without a length
 _OGG_HEADER = 27  # bytes of a page before its table of segment sizes; the last one counts the segments
 _MAX_OGG_PAGE = _OGG_HEADER + 255 + 255 * 255
+_LENGTH_TOLERANCE_S = 0.02  # AEC-Challenge's far ends have one sample more than its microphones
 _FILTER_WIDTH = 6  # torchaudio's default lowpass_filter_width and rolloff, fixed here because the margin
 _ROLLOFF = 0.99  # of a crop is computed from them
 
@@ -101,6 +102,27 @@ def read_audio(path: PathLike, *, sample_rate: int, offset_s: float = 0.0, durat
             samples, native_rate, sample_rate, lowpass_filter_width=_FILTER_WIDTH, rolloff=_ROLLOFF
         )
     return samples[skip:] if count is None else samples[skip : skip + count]
+
+
+def common_length(recordings: Sequence[tuple[PathLike, int, int]]) -> int:
+    """Samples that recordings of one moment have in common, such as a microphone and what its loudspeaker played.
+
+    Args:
+        recordings: path, sample rate in Hz and number of samples of each. They may differ by 20 ms at their ends.
+
+    Raises:
+        AudioError: they differ in sample rate, or by more in length; the first is held to be right.
+    """
+    first, rate, length = recordings[0]
+    for path, own_rate, own_length in recordings[1:]:
+        if own_rate != rate:
+            raise AudioError(f"{path}: {own_rate} Hz, but {first} has {rate} Hz; bring both to one rate")
+        if abs(own_length - length) > _LENGTH_TOLERANCE_S * rate:
+            raise AudioError(
+                f"{path}: {own_length / rate:.2f} s ({own_length} samples), but {first} has {length / rate:.2f} s"
+                f" ({length} samples); cut both to the same part"
+            )
+    return min(samples for _, _, samples in recordings)
 
 
 def write_audio(path: PathLike, samples: Tensor | np.ndarray, sample_rate: int) -> None:

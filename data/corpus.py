@@ -14,7 +14,8 @@ import torch
 
 from data.audio import atomic_path, audio_info, read_audio
 from data.errors import DataError
-from data.manifest import is_mixture, path_keys, read_manifest
+from data.fixed_echo import common_samples
+from data.manifest import is_echo, is_mixture, path_keys, read_manifest
 
 DESCRIPTION = "corpus.json"
 SPLITS = ("train", "val", "test")
@@ -132,8 +133,8 @@ def check_splits(
 
     Every recording must be readable up to the end that its row states, and neither a recording nor an owner
     (the value of that key: the speaker, the room) may be in two splits. The files of a fixed mixture must be equally
-    long and add up to it; of more than 200 in a split, 200 are tried, and one line on stdout says so. There must be
-    at least one manifest.
+    long and add up to it; of more than 200 in a split, 200 are tried, and one line on stdout says so. Those of an
+    echo recording must have one sample rate and be equally long. There must be at least one manifest.
 
     Args:
         folder: where the manifests are.
@@ -154,7 +155,7 @@ def check_splits(
         except DataError as error:
             problems.append(str(error))
             continue
-        problems += [problem for row in rows for key in path_keys(row) for problem in _check_file(row, row[key])]
+        problems += [problem for row in rows for problem in _check_files(row)]
         problems += _check_sums([row for row in rows if is_mixture(row)], path)
         owned = {("file", row[key]) for row in rows for key in path_keys(row)}
         owned |= {("owner", row[owner]) for row in rows if owner in row}
@@ -163,6 +164,17 @@ def check_splits(
             if sort == "file" or {split, other} != set(shared):
                 problems.append(f"{path}: {name} is also in {paths[other].name}")
         seen |= dict.fromkeys(owned, split)
+    return problems
+
+
+def _check_files(row: dict[str, Any]) -> list[str]:
+    """What is wrong with the files of a row, each for itself or beside the others."""
+    problems = [problem for key in path_keys(row) for problem in _check_file(row, row[key])]
+    if is_echo(row) and not problems:
+        try:
+            common_samples(row)
+        except DataError as error:
+            problems.append(str(error))
     return problems
 
 

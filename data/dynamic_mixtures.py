@@ -22,14 +22,13 @@ from torch.utils.data import Dataset
 
 from data.augment import change_speed, draw_gains_db, speed_ratios
 from data.cache import RowReader, cached_mb
+from data.crops import random_crop, speech_crop
 from data.epochs import Setting, at_epoch
 from data.errors import DataError
 from data.levels import add_up, collate_mixtures, common_gain, gain_to, rms
 from data.manifest import LINE_KEY
 from data.sampler import ItemKey, item_key
 
-_SILENCE_DB = -45.0  # RMS below which a crop holds hardly any speech: pauses lie near -60, speech near -25 dB
-_TRIES = 4
 _AUGMENTATION = 1  # the stream beside (seed, epoch, index); 0 would be the same as none
 
 
@@ -192,38 +191,14 @@ class MixtureDataset(Dataset):
     def _talk(self, rng: np.random.Generator, rows: list[int], speed: Fraction, num_samples: int) -> Tensor:
         """A segment of one speaker that is not silent, if that can be had. `(num_samples,)`"""
         count = math.ceil(num_samples * speed)  # becomes num_samples or one more
-        best, best_rms = torch.zeros(count), -1.0
-        for _ in range(_TRIES):
-            crop = _crop(self._talkers, rng, rows, count)
-            level = float(rms(crop))
-            if level > best_rms:
-                best, best_rms = crop, level
-            if level >= 10 ** (_SILENCE_DB / 20):
-                break
-        return change_speed(best, speed)[:num_samples]
+        return change_speed(speech_crop(self._talkers, rng, rows, count), speed)[:num_samples]
 
     def _noise(self, changes: np.random.Generator, num_samples: int) -> Tensor:
         """A segment of noise, or silence. `(num_samples,)`"""
         assert self._noises is not None
         if changes.random() >= self.noise_p:
             return torch.zeros(num_samples)
-        return _crop(self._noises, changes, range(len(self._noises.num_samples)), num_samples)
-
-
-def _crop(audio: RowReader, rng: np.random.Generator, rows: Sequence[int], count: int) -> Tensor:
-    """A random crop of a random recording, continued with the next ones where it is too short. `(count,)`"""
-    position = int(rng.integers(len(rows)))
-    pieces, missing = [], count
-    while missing > 0:
-        row = rows[position % len(rows)]
-        available = audio.num_samples[row]
-        length = min(available, missing)
-        start = int(rng.integers(available - length + 1))
-        piece = audio.read(row, start=start, count=length)
-        pieces.append(piece)
-        missing -= len(piece)
-        position += 1
-    return torch.cat(pieces)
+        return random_crop(self._noises, changes, range(len(self._noises.num_samples)), num_samples)
 
 
 def _where(row: Mapping[str, Any]) -> str:

@@ -1,11 +1,13 @@
-"""Manifests: one recording or one fixed mixture per row, NeMo's keys, paths relative to the manifest's own folder.
+"""Manifests: one recording, fixed mixture or echo recording per row, NeMo's keys, paths relative to its own folder.
 
     {"audio_filepath": "speech/anna/01.flac", "duration": 4.2, "speaker": "anna", "text": "..."}
     {"mix_filepath": "mix/7.wav", "s1_filepath": "s1/7.wav", "s2_filepath": "s2/7.wav", "duration": 4.2, "id": "7"}
+    {"mic_filepath": "7_mic.wav", "farend_filepath": "7_lpb.wav", "duration": 9.0, "scenario": "far_end"}
 
 The first is a talker (or a noise: no speaker), the second a mixture that was made once and for all, its noise as
-`noise_filepath` where it has one. A manifest holds one kind. JSON lines, or CSV with the same names as columns when
-the file's name ends in .csv (see `data.tables`).
+`noise_filepath` where it has one. The third is a microphone with its far-end reference, and as `clean_filepath` what
+should be left of it, where that is known; `delay_ms` says by how much the echo comes later. A manifest holds one kind.
+JSON lines, or CSV with the same names as columns when the file's name ends in .csv (see `data.tables`).
 
 `offset` (seconds) makes a row a part of longer files. Every key that ends in `_filepath` is a path and is treated
 like `audio_filepath`. A manifest is data from elsewhere: each row is checked, and nothing in it is ever run. It may
@@ -21,14 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from data.audio import PathLike, atomic_path
+from data.echo_scenarios import SCENARIOS
 from data.errors import ManifestError
 from data.tables import is_csv, read_table
 
 TALKER_KEYS = ("audio_filepath", "duration")
 MIXTURE_KEYS = ("mix_filepath", "s1_filepath", "duration")
+ECHO_KEYS = ("mic_filepath", "duration")
 LINE_KEY = "manifest_line"
 
-_NUMBERS = ("duration", "offset")
+# The key that tells a row's kind (the first that it has), what such a row is called, and the keys that it needs.
+_KINDS = {
+    "audio_filepath": ("a talker", TALKER_KEYS),
+    "mix_filepath": ("a fixed mixture", MIXTURE_KEYS),
+    "mic_filepath": ("an echo recording", ECHO_KEYS),
+}
+_NUMBERS = ("duration", "offset", "delay_ms")
 _NAMES = ("speaker", "id")
 _SOURCE_KEY = re.compile(r"s([1-9]\d*)_filepath")
 
@@ -38,13 +48,14 @@ def read_manifest(path: PathLike, *, required: Sequence[str] | None = None) -> l
 
     Args:
         path: the JSON-lines or CSV file.
-        required: keys that each row must have. None: those of talkers (`TALKER_KEYS`) or of fixed mixtures
-            (`MIXTURE_KEYS`), whichever the first row is; all others must be of the same kind.
+        required: keys that each row must have. None: those of talkers (`TALKER_KEYS`), fixed mixtures
+            (`MIXTURE_KEYS`) or echo recordings (`ECHO_KEYS`, a scenario and the far end that it has), whichever the
+            first row is; all others must be of the same kind.
 
     Returns:
         One dict per row, in order. Paths are absolute and normalised, `speaker` and `id` are str, optional keys
-        whose value is null are left out, unknown keys are kept. `manifest_line` names the row in messages:
-        "train.jsonl, line 12".
+        whose value is null are left out, unknown keys are kept. An echo recording without `scenario` gets the one
+        that its `kind` names. `manifest_line` names the row in messages: "train.jsonl, line 12".
 
     Raises:
         ManifestError: the file is missing, a folder, empty or not UTF-8, or a row is not what it should be.
@@ -54,9 +65,8 @@ def read_manifest(path: PathLike, *, required: Sequence[str] | None = None) -> l
     for number, values in read_table(path):
         try:
             row = _read_row(_numbers(values) if is_csv(path) else values, folder, required)
-            if required is None and rows and is_mixture(row) != is_mixture(rows[0]):
-                kinds = ["a talker (audio_filepath)", "a fixed mixture (mix_filepath)"]
-                here, there = kinds[is_mixture(row)], kinds[is_mixture(rows[0])]
+            if required is None and rows and main_key(row) != main_key(rows[0]):
+                here, there = (f"{_KINDS[key][0]} ({key})" for key in (main_key(row), main_key(rows[0])))
                 raise ManifestError(f"{here} in a manifest that begins with {there}; make two manifests of them")
         except ManifestError as error:
             raise ManifestError(f"{path}, line {number}: {error}") from None
@@ -82,9 +92,20 @@ def manifest_text(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(_portable(row, folder), ensure_ascii=False) + "\n" for row in rows)
 
 
+def main_key(row: Mapping[str, Any]) -> str:
+    """The key that tells a row's kind and names its main file: audio_filepath, mix_filepath or mic_filepath."""
+    missing = "mic_filepath" if "farend_filepath" in row else "audio_filepath"
+    return next((key for key in _KINDS if key in row), missing)
+
+
 def is_mixture(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a fixed mixture, not a single recording."""
-    return "mix_filepath" in row and "audio_filepath" not in row
+    """Whether a row is a fixed mixture."""
+    return main_key(row) == "mix_filepath"
+
+
+def is_echo(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a microphone with its far-end reference."""
+    return main_key(row) == "mic_filepath"
 
 
 def source_keys(row: Mapping[str, Any]) -> list[str]:
@@ -109,22 +130,45 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_row(row: dict[str, Any], folder: Path, required: Sequence[str] | None) -> dict[str, Any]:
-    if required is None:
-        required = MIXTURE_KEYS if is_mixture(row) else TALKER_KEYS
-    missing = next((key for key in required if key not in row), None)
+    needed = _KINDS[main_key(row)][1] if required is None else required
+    missing = next((key for key in needed if key not in row), None)
     if missing is not None:
         hint = " (seconds; python -m data.prepare manifest writes it)" if missing == "duration" else ""
-        raise ManifestError(f"key {missing!r} is missing{hint}; each row needs {', '.join(required)}")
+        raise ManifestError(f"key {missing!r} is missing{hint}; each row needs {', '.join(needed)}")
     sources = source_keys(row) if is_mixture(row) else []
     if sources and sources[-1] != f"s{len(sources)}_filepath":
         raise ManifestError(f"{sources[-1]} without all before it: there is {', '.join(sources)}")
+    if is_echo(row):
+        row = _with_scenario(row, strict=required is None)
     return {key: _checked(key, value, folder) for key, value in row.items()}
+
+
+def _with_scenario(row: dict[str, Any], *, strict: bool) -> dict[str, Any]:
+    """An echo recording with its scenario: the one it states, or that its `kind` names ("real far-end single talk").
+
+    *strict*: there must be one, and the far end that it has.
+    """
+    scenario = row.get("scenario")
+    if scenario is None:
+        kind = re.sub("[^a-z]", "", str(row.get("kind", "")).lower())
+        named = [name for name in SCENARIOS if name.replace("_", "") in kind]
+        scenario = named[0] if len(named) == 1 else None
+    elif scenario not in SCENARIOS:
+        raise ManifestError(f"scenario must be one of {', '.join(SCENARIOS)}, got {json.dumps(scenario)[:60]}")
+    if strict and scenario is None:
+        raise ManifestError(
+            f"its scenario is not known: set scenario to one of {', '.join(SCENARIOS)}"
+            ' (or kind to words such as "real far-end single talk")'
+        )
+    if strict and "farend_filepath" not in row and scenario != "near_end":
+        raise ManifestError(f"key 'farend_filepath' is missing; only near_end rows may do without, this is {scenario}")
+    return row if scenario is None else row | {"scenario": scenario}
 
 
 def _checked(key: str, value: Any, folder: Path) -> Any:
     """The value of one key, in the type that readers rely on."""
     if key in _NUMBERS:
-        return _seconds(key, value)
+        return _time(key, value)
     if key in _NAMES and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     is_path = key.endswith("_filepath")
@@ -136,14 +180,15 @@ def _checked(key: str, value: Any, folder: Path) -> Any:
     return os.path.normpath(folder / str(value)) if is_path else value
 
 
-def _seconds(key: str, value: Any) -> float:
+def _time(key: str, value: Any) -> float:
     try:
-        seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        time = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0 or (key == "duration" and seconds == 0):
-        raise ManifestError(f"{key} must be a number of seconds, got {json.dumps(value)[:60]}")
-    return seconds
+        time = math.nan
+    if not math.isfinite(time) or time < 0 or (key == "duration" and time == 0):
+        unit = "milliseconds" if key.endswith("_ms") else "seconds"
+        raise ManifestError(f"{key} must be a number of {unit}, got {json.dumps(value)[:60]}")
+    return time
 
 
 def _portable(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:

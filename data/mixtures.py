@@ -17,7 +17,7 @@ from data.dynamic_mixtures import MixtureDataset
 from data.epochs import Setting, values_of
 from data.errors import DataError
 from data.fixed_mixtures import FixedMixtureDataset
-from data.manifest import TALKER_KEYS, is_mixture
+from data.manifest import TALKER_KEYS, is_echo, is_mixture
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,11 @@ class SeparationData(SystemData):
             return None
         training, noise_manifest = stage == "train", self.noise_manifests[stage]
         common = self.common | {"seed": self.seeds[stage]}
+        if is_echo(rows[0]):
+            raise DataError(
+                f"{self.manifests[stage]}: holds echo recordings (mic_filepath), which are not for separation; it"
+                " needs rows with audio_filepath or with mix_filepath, s1_filepath, …"
+            )
         if not is_mixture(rows[0]):
             return MixtureDataset(
                 rows,

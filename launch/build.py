@@ -187,11 +187,16 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
     no_validation = data.get("val_manifest", "") is None and not data.get("speech_dir")
-    if "monitor" in cfg and (no_validation or data.get("val_mixtures") == 0):
+    if "monitor" in cfg and (no_validation or switched_off(data, "val")):
         cfg.monitor = {"metric": "train_loss", "mode": "min"}
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return container  # type: ignore[return-value]
+
+
+def switched_off(data: Any, stage: str) -> str | None:
+    """The key of a data section by which a stage has no examples, `data.val_examples=0`; None when it has some."""
+    return next((f"data.{key}=0" for kind in ("mixtures", "examples") if data.get(key := f"{stage}_{kind}") == 0), None)
 
 
 def disagreements(model: dict[str, Any], data: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from callbacks.progress import Progress
 from data.audio import atomic_path
 from data.base import SystemData
 from launch import checkpoint, report
-from launch.build import disagreements, plain, typed_keys
+from launch.build import disagreements, plain, switched_off, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten, resolve_hardware, share_cores
 from launch.targets import Blueprint, wrong_arguments
@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("\n".join(problems))
     datamodule = data.build()
     if not datamodule.has_data("test"):
-        none = "data.test_mixtures=0" if config["data"].get("test_mixtures") == 0 else "data.test_manifest is not set"
+        none = switched_off(config["data"], "test") or "data.test_manifest is not set"
         raise ConfigError(f"{none}: set data.test_manifest=… (the checkpoint's run had no test data)")
     share_cores(section, config["cpu_threads"])
     examples = Examples()

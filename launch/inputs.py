@@ -3,11 +3,12 @@
 import glob
 import os
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.audio import AUDIO_SUFFIXES
-from data.manifest import read_manifest
+from data.manifest import main_key, read_manifest
 from launch.errors import ConfigError
 
 _SUFFIXES: dict[str, tuple[str, ...]] = {"audio": AUDIO_SUFFIXES, "array": (".npy",)}
@@ -26,21 +27,21 @@ class Input(NamedTuple):
     duration_s: float | None = None
 
 
-def list_inputs(where: str, kind: str, output: Path) -> list[Input]:
+def list_inputs(where: str, kind: str, output: Path, *, row_key: str | None = None) -> list[Input]:
     """What *where* stands for, in order and each once.
 
     A folder is searched with all below it, but for hidden files and for *output* should it lie inside. Names keep the
     structure below the folder; below the part of a glob without wildcards; below the deepest common folder of a
-    manifest's files. A manifest holds recordings (`audio_filepath`, with `offset` a part of one) or mixtures
-    (`mix_filepath`).
+    manifest's files. A manifest holds recordings (`audio_filepath`, with `offset` a part of one), mixtures
+    (`mix_filepath`) or echo recordings (`mic_filepath`, or what *row_key* says).
 
     Raises ConfigError when nothing is found, ManifestError for a manifest that cannot be used.
     """
     path = Path(where)
     if path.is_dir():
         found = _inside([file for file in sorted(path.rglob("*")) if _is_recording(file, path, kind, output)], path)
-    elif path.suffix in _MANIFESTS:
-        found = _of_manifest(path)
+    elif is_manifest(path):
+        found = _of_manifest(path, row_key)
     elif path.exists():
         found = _inside([path], path.parent)
     else:
@@ -49,6 +50,22 @@ def list_inputs(where: str, kind: str, output: Path) -> list[Input]:
     if not found:
         raise ConfigError(f"{where}: no {kind} file there ({', '.join(_SUFFIXES[kind])})")
     return list(dict.fromkeys(found))
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a name is that of a manifest, not of a recording."""
+    return path.suffix in _MANIFESTS
+
+
+def of_row(row: Mapping[str, Any], key: str, root: Path) -> Input:
+    """The file that a manifest row names under *key*, or its part; called by its place below *root*."""
+    (whole,) = _inside([Path(row[key])], root)
+    return _part(whole, row) if "offset" in row else whole
+
+
+def common_folder(rows: Iterable[Mapping[str, Any]], key: str) -> Path:
+    """The deepest folder that all the files lie in that rows name under *key*."""
+    return Path(os.path.commonpath([Path(row[key]).parent for row in rows]))
 
 
 def output_names(inputs: list[Input]) -> list[str]:
@@ -77,13 +94,14 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-def _of_manifest(path: Path) -> list[Input]:
-    key = "mix_filepath" if any("mix_filepath" in row for row in read_manifest(path, required=())) else "audio_filepath"
+def _of_manifest(path: Path, row_key: str | None) -> list[Input]:
+    key = main_key(read_manifest(path, required=())[0])
+    if key == "mic_filepath":
+        key = row_key or key
     rows = read_manifest(path, required=(key,))  # which names the line that has none
-    files = [Path(row[key]) for row in rows]
-    root = Path(os.path.commonpath([file.parent for file in files]))
-    return [_part(i, row) if "offset" in row else i for i, row in zip(_inside(files, root), rows, strict=True)]
+    root = common_folder(rows, key)
+    return [of_row(row, key, root) for row in rows]
 
 
-def _part(whole: Input, row: dict[str, Any]) -> Input:
+def _part(whole: Input, row: Mapping[str, Any]) -> Input:
     return Input(whole.path, f"{whole.name}_{row['offset']:g}s", row["offset"], row.get("duration"))

@@ -10,20 +10,18 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from data.audio import atomic_path, audio_info, read_audio, write_audio
+from data.audio import atomic_path, audio_info, common_length, read_audio, write_audio
 from data.errors import DataError
 from launch import checkpoint
 from launch.build import plain
 from launch.errors import ConfigError
 from launch.hardware import quieten, torch_device
-from launch.inputs import Input, list_inputs, output_names
+from launch.inputs import Input
+from launch.pairs import Signals, pair_inputs
 from models.base import System
 from models.checkpoint import build_system, read_checkpoint
 
 log = logging.getLogger(__name__)
-
-# Endings that say which signal of a pair a file holds, as the AEC-Challenge has them: x_mic.wav belongs to x_lpb.wav.
-_ROLE_ENDINGS = ("_mic", "_lpb", "_farend")
 
 
 def run(cfg: DictConfig) -> None:
@@ -41,17 +39,18 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError(f"output={output}: is a file, the name of a folder is needed")
     own = {"ckpt_path", "input", "output", "device", "packages", *system.inputs}
     options = {name: value for name, value in config.items() if name not in own}
-    jobs = pair_inputs(system, config)
-    inputs = {signal.path.resolve() for signals in jobs.values() for signal in signals.values()}
+    jobs = pair_inputs(system.inputs, config)
+    files = {name: [source.path for source in signals.values() if source] for name, signals in jobs.items()}
+    keep = {file.resolve() for several in files.values() for file in several}
     problems, num_averaged = [], 0
     for name, signals in jobs.items():
         try:
-            written = predict_one(system, signals, output / name, options, keep=inputs)
+            written = predict_one(system, signals, output / name, options, keep=keep)
         except DataError as error:
             problems.append(str(error))
             continue
-        num_averaged += any(_num_channels(signal.path) > 1 for signal in signals.values())
-        log.info("%s -> %s", ", ".join(str(signal.path) for signal in signals.values()), ", ".join(map(str, written)))
+        num_averaged += any(_num_channels(file) > 1 for file in files[name])
+        log.info("%s -> %s", ", ".join(map(str, files[name])), ", ".join(map(str, written)))
     if num_averaged:
         log.info("%d of them with several channels: the mean of the channels was taken", num_averaged)
     log.info("%d of %d done", len(jobs) - len(problems), len(jobs))
@@ -59,52 +58,16 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def pair_inputs(system: System, config: dict[str, Any]) -> dict[str, dict[str, Input]]:
-    """Output name -> {signal: what to read}. Several signals are paired by file name, role endings taken off.
-
-    Raises ConfigError naming what is missing: no files, a signal that is not given, or a file without its partner.
-    """
-    names = list(system.inputs)
-    given = {names[0]: config["input"], **{name: config.get(name) for name in names[1:]}}
-    if missing := [name for name, value in given.items() if value is None]:
-        raise ConfigError(f"set {', '.join(f'{name}=…' for name in missing)}: {type(system).__name__} needs it")
-    output = Path(config["output"])
-    found = {name: list_inputs(str(value), system.inputs[name], output) for name, value in given.items()}
-    if len(names) == 1:
-        inputs = found[names[0]]
-        return {name: {names[0]: i} for name, i in zip(output_names(inputs), inputs, strict=True)}
-    by_key = {name: {_pairing_key(signal.path): signal for signal in signals} for name, signals in found.items()}
-    every = set().union(*by_key.values())
-    lonely = [
-        f"{key}: no {name} file for it in {given[name]}" for name in names for key in sorted(every - set(by_key[name]))
-    ]
-    if lonely:
-        raise ConfigError("\n".join(lonely))
-    return {key: {name: by_key[name][key] for name in names} for key in sorted(every)}
-
-
-def _pairing_key(file: Path) -> str:
-    stem = file.stem
-    for ending in _ROLE_ENDINGS:
-        stem = stem.removesuffix(ending)
-    return stem
-
-
 def predict_one(
-    system: System, inputs: dict[str, Input], target: Path, options: dict[str, Any], *, keep: set[Path]
+    system: System, inputs: Signals, target: Path, options: dict[str, Any], *, keep: set[Path]
 ) -> list[Path]:
     """Read one set of signals, predict, write every output as `<target>_<output>…`; returns the files written.
 
     *keep*: files that no result may replace; others of the same name are.
 
-    Raises DataError for a file that cannot be used, ConfigError for options that the system refuses.
+    Raises DataError for files that cannot be used, alone or together, ConfigError for options that the system refuses.
     """
-    signals, rate = {}, None
-    for name, source in inputs.items():
-        signals[name], own_rate = _READERS[system.inputs[name]](source)
-        if rate is not None and own_rate != rate:
-            raise DataError(f"{source.path}: {own_rate} Hz, but its partner has {rate} Hz; bring both to one rate")
-        rate = own_rate
+    signals, rate = _read_signals(system.inputs, inputs)
     try:
         results = system.predict(**signals, **({} if rate is None else {"sample_rate": rate}), **options)
     except ValueError as error:
@@ -118,6 +81,18 @@ def predict_one(
             _WRITERS[kind](file, signal, rate)
             written.append(file)
     return written
+
+
+def _read_signals(kinds: dict[str, str], inputs: Signals) -> tuple[dict[str, Tensor], int | None]:
+    """The signals and the sample rate of those that are audio; these are cut to equal length, and silence is added."""
+    sources = {name: source for name, source in inputs.items() if source}
+    read = {name: _READERS[kinds[name]](source) for name, source in sources.items()}
+    audio = {name: (signal, rate) for name, (signal, rate) in read.items() if rate is not None}
+    if not audio:
+        return {name: array for name, (array, _) in read.items()}, None
+    length = common_length([(sources[name].path, rate, len(signal)) for name, (signal, rate) in audio.items()])
+    signals = {name: signal[:length] if name in audio else signal for name, (signal, _) in read.items()}
+    return {name: signals.get(name, torch.zeros(length)) for name in inputs}, next(iter(audio.values()))[1]
 
 
 def _tracks(target: Path, name: str, signal: Tensor, kind: str) -> list[tuple[Path, Tensor]]:

@@ -2,7 +2,8 @@
 
 Sources: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024 (method, coefficients); Liu et
 al., "Muon is scalable for LLM training", 2025, arXiv:2502.16982, equation 4 (the scale at which Adam's learning rates
-hold). torch.optim.Muon takes matrices only, and of a separator's weights most are 1x1 convolutions and norms.
+hold). torch.optim.Muon takes matrices only, and of a separator's weights most are 1x1 convolutions and norms, of an
+echo canceller's most are convolutions; those are taken as the matrices (outputs, inputs x kernel) that they are.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,11 +19,11 @@ _ITERATIONS = 5
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Is this the weight of a linear layer or of a convolution of kernel size 1, with several inputs?
+    """Is this the weight of a linear layer or of a convolution, with several outputs and inputs?
 
     Filter banks and depthwise convolutions are not: (N, 1, L).
     """
-    return weight.ndim >= 2 and weight.shape[1] > 1 and weight[0, 0].numel() == 1
+    return weight.ndim >= 2 and weight.shape[0] > 1 and weight.shape[1] > 1
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

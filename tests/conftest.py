@@ -42,6 +42,25 @@ TINY = [
     "trainer.accelerator=cpu",
 ]
 
+TINY_ECHO = [
+    "model.stft=n512",
+    "model.mic_channels=[4,4]",
+    "model.far_channels=[4]",
+    "model.decoder_channels=[4]",
+    "model.gru_hidden=8",
+    "model.align.hidden_channels=4",
+    "model.align.max_delay_ms=200",
+    "data.num_rooms=2",
+    "data.segment_s=0.5",
+    "data.eval_segment_s=0.5",
+    "data.train_examples=32",
+    "data.val_examples=4",
+    "data.test_examples=4",
+    "data.batch_size=2",
+    "data.loader.num_workers=0",
+    "trainer.accelerator=cpu",
+]
+
 
 def _existing_folder(text: str) -> str:
     if not Path(text).is_dir():
@@ -136,6 +155,40 @@ def trained(manifests: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
         done = run_script("train", ["model=conv_tasnet", "debug=fast", "exp_manager.version=one", *TINY, *manifests])
     assert done.code == 0, done.text
     return folder / "runs" / "conv_tasnet" / "one"
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """mics/<n>_mic.wav, loopback/<n>_lpb.wav and clean/<n>.wav of two calls, and echo.jsonl that lists them."""
+    folder = tmp_path_factory.mktemp("recordings")
+    rng = np.random.default_rng(1)
+    rows = []
+    for number in range(2):
+        far, near = (synthetic_speech(rng, 1.0, pitch) for pitch in (100 + 30 * number, 210))
+        mic = near + 0.5 * np.concatenate([np.zeros(400, np.float32), far[:-400]])  # 50 ms later
+        names = {
+            "mic": f"mics/{number}_mic.wav",
+            "farend": f"loopback/{number}_lpb.wav",
+            "clean": f"clean/{number}.wav",
+        }
+        for (key, name), signal in zip(names.items(), (mic, far, near), strict=True):
+            (folder / name).parent.mkdir(exist_ok=True)
+            soundfile.write(folder / name, signal, RATE)
+            names[key] = str(folder / name)
+        files = {f"{key}_filepath": name for key, name in names.items()}
+        rows.append({"id": f"call{number}", "scenario": "double_talk", "duration": 1.0, "delay_ms": 50.0, **files})
+    write_manifest(folder / "echo.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_echo(manifests: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny echo canceller that was trained for four steps, validated and tested."""
+    folder = tmp_path_factory.mktemp("trained_echo")
+    with contextlib.chdir(folder):
+        done = run_script("train", ["model=deepvqe", "debug=fast", "exp_manager.version=one", *TINY_ECHO, *manifests])
+    assert done.code == 0, done.text
+    return folder / "runs" / "deepvqe" / "one"
 
 
 @pytest.fixture

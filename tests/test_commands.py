@@ -77,15 +77,18 @@ def test_command(
     command: Command,
     script: Callable,
     corpus: Path,
-    trained: Path,
     in_tmp: Path,
+    request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture,
 ) -> None:
     if command.issue:
         pytest.skip(f"pending, issue {command.issue}: {command.text[:60]}")
     assert command.expected, "a command without an expected line proves little"
     (in_tmp / "demo_data").symlink_to(corpus)
-    python, name, *arguments = command.argv(corpus=corpus, run=trained, tmp=in_tmp)
+    made = {"run": "trained", "echo_run": "trained_echo", "recordings": "recordings"}
+    named = {place for place in made if f"{{{place}}}" in " ".join([command.text, *sum(command.replacements, ())])}
+    places = {place: request.getfixturevalue(made[place]) for place in named}
+    python, name, *arguments = command.argv(corpus=corpus, tmp=in_tmp, **places)
     assert python == "python"
     if name == "-m":
         assert arguments.pop(0) == "data.prepare"

@@ -5,7 +5,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from data.audio import audio_info, read_audio, write_audio
+from data.audio import audio_info, common_length, read_audio, write_audio
 from data.errors import AudioError
 
 
@@ -224,3 +224,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_audio(tmp_path / "a.flac", torch.ones(4), 8000)
     with pytest.raises(ValueError, match="shape"):
         write_audio(path, torch.ones(1, 1, 4), 8000)
+
+
+def test_recordings_of_one_moment_have_one_rate_and_nearly_one_length():
+    mic = ("mic.wav", 16000, 160000)
+    assert common_length([mic]) == 160000
+    assert common_length([mic, ("far.wav", 16000, 159999), ("clean.wav", 16000, 160320)]) == 159999
+    with pytest.raises(
+        AudioError, match=r"^far\.wav: 10\.02 s \(160321 samples\), but mic\.wav has 10\.00 s \(160000 "
+    ):
+        common_length([mic, ("far.wav", 16000, 160321)])
+    with pytest.raises(AudioError, match=r"^far\.wav: 48000 Hz, but mic\.wav has 16000 Hz"):
+        common_length([mic, ("far.wav", 48000, 480000)])

@@ -146,3 +146,25 @@ def test_of_many_mixtures_some_are_added_up(
     problems = check_splits(tmp_path)
     assert [problem.partition(": ")[0][-9:] for problem in problems] == ["0_mix.wav", "2_mix.wav", "4_mix.wav"]
     assert capsys.readouterr().out == f"{tmp_path}/test.jsonl: 3 of 7 mixtures are added up\n"
+
+
+@pytest.mark.parametrize(
+    ("mic", "far", "more", "problem"),
+    [
+        ((8000, 16000), (8160, 16000), {}, None),
+        ((8000, 16000), (24000, 48000), {}, "far.wav: 48000 Hz, but "),
+        ((8000, 16000), (9000, 16000), {}, "far.wav: lasts 0.56 s, its manifest says 0.50 s"),
+        ((8200, 16000), (7800, 16000), {}, "far.wav: 0.49 s (7800 samples), but "),  # each near enough to what is said
+        ((9600, 16000), (32000, 16000), {"offset": 0.1}, None),
+        ((8000, 16000), None, {}, "far.wav: no such file"),
+    ],
+)
+def test_files_of_an_echo_recording_belong_together(tmp_path: Path, mic, far, more: dict, problem: str | None) -> None:
+    for name, extent in (("mic", mic), ("far", far)):
+        if extent:
+            sf.write(tmp_path / f"{name}.wav", np.full(extent[0], 0.1), extent[1])
+    row = {"mic_filepath": "mic.wav", "farend_filepath": "far.wav", "duration": 0.5, "kind": "real farend singletalk"}
+    write_manifest(tmp_path / "test.jsonl", [row | more])
+    problems = check_splits(tmp_path)
+    assert len(problems) == (problem is not None)
+    assert not problem or problem in problems[0]

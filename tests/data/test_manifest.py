@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data.errors import ManifestError
-from data.manifest import LINE_KEY, read_manifest, source_keys, write_manifest
+from data.manifest import LINE_KEY, is_echo, read_manifest, source_keys, write_manifest
 
 
 def test_paths_are_relative_to_the_manifest(tmp_path):
@@ -59,6 +59,8 @@ GOOD = '{"audio_filepath": "a.wav", "duration": 1.0}'
         (b'{"audio_filepath": "a.wav", "duration": 1, "id": [1]}', "id must be text"),
         (b'{"mix_filepath": "m.wav", "s1_filepath": "1.wav", "duration": 1}', "fixed mixture (mix_filepath) in a"),
         (b'{"mix_filepath": "m.wav", "duration": 1}', "'s1_filepath' is missing"),
+        (b'{"mic_filepath": "m.wav", "duration": 1, "scenario": "near_end"}', "an echo recording (mic_filepath) in a"),
+        (b'{"audio_filepath": "a.wav", "duration": 1, "delay_ms": -1}', "delay_ms must be a number of milliseconds"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, says):
@@ -109,6 +111,69 @@ def test_a_bad_line_among_fixed_mixtures(tmp_path, row, says):
     with pytest.raises(ManifestError) as error:
         read_manifest(tmp_path / "a.jsonl")
     assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}, line 2: ") and says in str(error.value)
+
+
+ECHO = {"mic_filepath": "m.wav", "farend_filepath": "f.wav", "duration": 1, "scenario": "far_end"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scenario"),
+    [
+        ("synthetic doubletalk", "double_talk"),
+        ("real doubletalk_with_movement", "double_talk"),
+        ("real far-end single talk", "far_end"),
+        ("farend_singletalk_with_movement", "far_end"),
+        ("Near-End Single-Talk", "near_end"),
+    ],
+)
+def test_rows_of_echo_recordings(tmp_path, kind, scenario):
+    told = ECHO | {"scenario": None, "kind": kind, "clean_filepath": "c.wav", "delay_ms": 12}
+    near = {"mic_filepath": "n.wav", "duration": 1, "scenario": "near_end", "kind": "doubletalk"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (told, near)))
+    rows = read_manifest(tmp_path / "a.jsonl")
+    assert [row["scenario"] for row in rows] == [scenario, "near_end"] and all(map(is_echo, rows))
+    assert rows[0]["farend_filepath"] == str(tmp_path / "f.wav") and rows[0]["delay_ms"] == 12.0
+    assert "farend_filepath" not in rows[1] and rows[0]["kind"] == kind
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"farend_filepath": None}, "key 'farend_filepath' is missing; only near_end rows may do without, this is far"),
+        ({"mic_filepath": None}, "key 'mic_filepath' is missing"),
+        ({"duration": None}, "key 'duration' is missing"),
+        (
+            {"scenario": None},
+            "its scenario is not known: set scenario to one of double_talk, far_end, near_end (or kind",
+        ),
+        ({"scenario": None, "kind": "sweep"}, "its scenario is not known"),
+        ({"scenario": None, "kind": "far-end, then doubletalk"}, "its scenario is not known"),
+        ({"scenario": None, "kind": 7}, "its scenario is not known"),
+        ({"scenario": "doubletalk"}, 'scenario must be one of double_talk, far_end, near_end, got "doubletalk"'),
+        ({"scenario": ["far_end"]}, 'scenario must be one of double_talk, far_end, near_end, got ["far_end"]'),
+        ({"delay_ms": "long"}, 'delay_ms must be a number of milliseconds, got "long"'),
+        ({"mic_filepath": None, "farend_filepath": None, "audio_filepath": "a.wav"}, "begins with an echo recording"),
+    ],
+)
+def test_a_bad_line_among_echo_recordings(tmp_path, change, says):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(ECHO)}\n{json.dumps(ECHO | change)}\n")
+    with pytest.raises(ManifestError) as error:
+        read_manifest(tmp_path / "a.jsonl")
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}, line 2: ") and says in str(error.value)
+
+
+def test_echo_recordings_for_prediction_need_neither_scenario_nor_duration(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"mic_filepath": "m.wav"}\n{"mic_filepath": "m.wav", "kind": "nearend"}\n')
+    rows = read_manifest(tmp_path / "a.jsonl", required=("mic_filepath",))
+    assert "scenario" not in rows[0] and rows[1]["scenario"] == "near_end"
+
+
+def test_csv_of_echo_recordings(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "mic_filepath,farend_filepath,duration,scenario,delay_ms\nm.wav,f.wav,1,far_end,20.5\n"
+    )
+    (row,) = read_manifest(tmp_path / "a.csv")
+    assert row["delay_ms"] == 20.5 and row["scenario"] == "far_end"
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])

@@ -184,3 +184,9 @@ def test_noise_cannot_be_added_to_fixed_mixtures(fixed_manifest, noise_manifest)
     data = data_of({"train_manifest": fixed_manifest}, noise_manifest=noise_manifest)
     with pytest.raises(DataError, match=r"data\.noise_manifest=.*noise\.jsonl: the mixtures of .* are fixed"):
         data.setup("fit")
+
+
+def test_echo_recordings_are_refused(manifests, tmp_path):
+    write_manifest(tmp_path / "echo.jsonl", [{"mic_filepath": "m.wav", "duration": 1.0, "scenario": "near_end"}])
+    with pytest.raises(DataError, match=r"echo\.jsonl: holds echo recordings \(mic_filepath\), .* not for separation"):
+        data_of(manifests | {"test_manifest": str(tmp_path / "echo.jsonl")}).setup("test")

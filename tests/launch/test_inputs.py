@@ -61,7 +61,11 @@ def test_manifests_of_recordings_and_of_mixtures(folder: Path) -> None:
     ]
     write_manifest("mixtures.jsonl", mixtures)
     assert names("mixtures.jsonl") == ["a/x", "b/x"]
-    Path("neither.jsonl").write_text('{"mic_filepath": "in/x.wav"}\n')
+    write_manifest("echo.jsonl", [{"mic_filepath": "in/b/x.wav", "farend_filepath": "in/x.wav"}])
+    assert list_inputs("echo.jsonl", "audio", Path("out")) == [Input(file, "x")]
+    far = list_inputs("echo.jsonl", "audio", Path("out"), row_key="farend_filepath")
+    assert far == [Input(folder.resolve() / "x.wav", "x")]
+    Path("neither.jsonl").write_text('{"image_filepath": "in/x.wav"}\n')
     with pytest.raises(ManifestError, match="neither.jsonl, line 1: .*audio_filepath"):
         names("neither.jsonl")
 

@@ -26,10 +26,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
 
 
 def test_which_weights_are_matrices() -> None:
-    assert [is_matrix(p) for p in (torch.zeros(4, 3), torch.zeros(4, 3, 1), torch.zeros(4, 3, 1, 1))] == [True] * 3
-    assert not any(
-        is_matrix(p) for p in (torch.zeros(4), torch.zeros(8, 1, 16), torch.zeros(4, 3, 5), torch.zeros(4, 1))
-    )
+    matrices = (torch.zeros(4, 3), torch.zeros(4, 3, 1), torch.zeros(4, 3, 5), torch.zeros(4, 3, 4, 3))
+    others = (torch.zeros(4), torch.zeros(8, 1, 16), torch.zeros(4, 1), torch.zeros(1, 3, 5, 3))
+    assert all(is_matrix(p) for p in matrices)
+    assert not any(is_matrix(p) for p in others)
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (20, 20)])

@@ -1,0 +1,294 @@
+"""DeepVQE acoustic echo cancellation (Indenbom et al. 2023, arXiv:2306.03177): microphone and far end in, near end out.
+
+The paper gives no loss. Trained with the compressed spectral loss of Braun and Tashev (2020, arXiv:2009.12286) on the
+resynthesised waveform; the terms beside it, and what each is for, are in losses/echo.py.
+"""
+
+import logging
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.echo import (
+    compressed_spectral_loss,
+    delay_nll,
+    echo_weight,
+    far_active_frames,
+    level_gain,
+    near_end_active,
+    neg_si_snr,
+)
+from metrics.echo import EchoMetrics
+from models.base import System
+from models.importers.deepvqe import arguments_of, convert
+from modules.chunking import split_chunks, stitch_sources
+from modules.deepvqe import DeepVQE as Network
+from modules.delay import estimate_delay
+from modules.resampling import resample
+from modules.stft import STFT
+
+log = logging.getLogger(__name__)
+
+# name -> sample rate in Hz, window and hop in samples. n320 and n480 are the paper's 20 ms and 10 ms.
+STFTS = {"n320": (16000, 320, 160), "n512": (16000, 512, 256), "n480": (24000, 480, 240)}
+
+
+class DeepVQE(System):
+    """Takes echo, noise and what else is not the near end out of a microphone signal, given the far end's.
+
+    Network arguments: modules/deepvqe.py.
+
+    *sample_rate*: of the training data, in Hz; `predict` resamples other rates.
+    *stft*: n320, n512 (16 kHz) or n480 (24 kHz). *window*: sqrt_hann, or hann as some public weights have it.
+    *align*: `hidden_channels`, `max_delay_ms`, `scale`, `temperature`, `mask_start`; see modules/alignment.py.
+    *loss*: `compression` and `complex_weight` of the spectral loss; `si_snr_weight`, `delay_weight` and `echo_weight`
+    of what may stand beside it, 0 for none.
+    *scores*: what the test reports beside levels and ratios: pesq, stoi, aecmos, dnsmos.
+    """
+
+    inputs: ClassVar[dict[str, str]] = {"mic": "audio", "far": "audio"}
+    outputs: ClassVar[dict[str, str]] = {"enhanced": "audio"}
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int = 16000,
+        stft: str = "n320",
+        window: str = "sqrt_hann",
+        mic_channels: list[int] | tuple[int, ...] = (64, 128, 128, 128, 128),
+        far_channels: list[int] | tuple[int, ...] = (32, 128),
+        decoder_channels: list[int] | tuple[int, ...] = (128, 128, 128, 64),
+        gru_hidden: int = 512,
+        residual: str = "all",
+        subpixel: str = "interleave",
+        mask_norm: bool = False,
+        init_identity: bool = True,
+        compression: float = 0.3,
+        align: dict[str, Any] | None = None,
+        loss: dict[str, Any] | None = None,
+        scores: list[str] | tuple[str, ...] = (),
+        optim: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(optim=optim)
+        if stft not in STFTS:
+            raise ValueError(f"model.stft={stft}: no such preset; choose from {', '.join(STFTS)}")
+        preset_rate, n_fft, hop_samples = STFTS[stft]
+        if sample_rate != preset_rate:
+            raise ValueError(f"model.stft={stft} is made for {preset_rate} Hz: set model.sample_rate={preset_rate}")
+        self.sample_rate = sample_rate
+        self.hop_samples = hop_samples
+        self.align = _section("align", align, _ALIGN)
+        self.loss_terms = _section("loss", loss, _LOSS)
+        self.scores = tuple(scores)
+        max_delay_frames = math.ceil(self.align["max_delay_ms"] * sample_rate / 1000 / hop_samples)
+        self.stft = STFT(n_fft=n_fft, hop_samples=hop_samples, window=window)
+        self.network = Network(
+            num_bins=n_fft // 2 + 1,
+            mic_channels=tuple(mic_channels),
+            far_channels=tuple(far_channels),
+            decoder_channels=tuple(decoder_channels),
+            gru_hidden=gru_hidden,
+            residual=residual,
+            subpixel=subpixel,
+            mask_norm=mask_norm,
+            init_identity=init_identity,
+            compression=compression,
+            align_hidden=self.align["hidden_channels"],
+            max_delay_frames=max_delay_frames,
+            align_scale=self.align["scale"],
+            align_temperature=self.align["temperature"],
+            align_mask_start=self.align["mask_start"],
+        )
+
+    def forward(self, mic: Tensor, far: Tensor) -> Tensor:
+        """(B, T), (B, T) -> (B, T)"""
+        return self._enhance(mic, far)[0]
+
+    def _enhance(self, mic: Tensor, far: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, T), (B, T) -> (B, T), and the distribution over delays (B, frames, D)."""
+        spectrum, delays = self.network(self.stft(mic), self.stft(far) if self.network.alignment is not None else None)
+        return self.stft.inverse(spectrum, mic.shape[-1]), delays
+
+    def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        num_samples = batch["mic"].shape[-1]
+        if self.training or bool((batch["length"] == num_samples).all()):
+            return self._enhance_and_compare(batch)
+        # Recordings of several lengths go alone: their padding would count in the means of the loss.
+        alone = [self._enhance_and_compare(_item(batch, i, int(n))) for i, n in enumerate(batch["length"])]
+        enhanced = [F.pad(o["enhanced"], (0, num_samples - o["enhanced"].shape[-1])) for o in alone]
+        output = {"enhanced": torch.cat(enhanced)}
+        if "delay_distribution" in alone[0]:
+            delays = [o["delay_distribution"] for o in alone]
+            frames = max(d.shape[1] for d in delays)
+            output["delay_distribution"] = torch.cat([F.pad(d, (0, 0, 0, frames - d.shape[1])) for d in delays])
+        names = [name for name, value in alone[0].items() if value.ndim == 0]
+        return output | {name: _mean(torch.stack([o[name] for o in alone]), batch["has_target"]) for name in names}
+
+    def _enhance_and_compare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        enhanced, delays = self._enhance(batch["mic"], batch["far"])
+        terms = self._loss_terms(batch, enhanced, delays)
+        weights = {"spectral": 1.0} | {name: self.loss_terms[f"{name}_weight"] for name in terms if name != "spectral"}
+        loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        output = {"loss": loss, "enhanced": enhanced}
+        if delays is not None:
+            output["delay_distribution"] = delays
+        if len(terms) > 1:
+            output |= {f"loss_{name}": value.detach() for name, value in terms.items()}
+        return output
+
+    def _loss_terms(self, batch: dict[str, Tensor], enhanced: Tensor, delays: Tensor | None) -> dict[str, Tensor]:
+        """Mean over the items whose target is known, of each term that has a weight."""
+        weights = self.loss_terms
+        gain = level_gain(batch["mic"])  # (B, 1)
+        estimate, target = self.stft(enhanced * gain), self.stft(batch["target"] * gain)
+        bins = None
+        if weights["echo_weight"] > 0 and "echo" in batch:
+            near, echo = self.stft(batch["near"] * gain), self.stft(batch["echo"] * gain)
+            bins = echo_weight(near, echo, weight=weights["echo_weight"])
+        spectral = compressed_spectral_loss(
+            estimate,
+            target,
+            compression=weights["compression"],
+            complex_weight=weights["complex_weight"],
+            weight=bins,
+        )
+        known = batch["has_target"]
+        terms = {"spectral": _mean(spectral, known)}
+        if weights["si_snr_weight"] > 0:
+            si_snr = neg_si_snr(enhanced, batch["target"])
+            terms["si_snr"] = _mean(si_snr, known & near_end_active(batch["target"]))
+        if weights["delay_weight"] > 0 and delays is not None:
+            active = far_active_frames(batch["far"], hop_samples=self.hop_samples, num_frames=delays.shape[1])
+            delay = batch["delay_samples"] / self.hop_samples
+            delay = torch.where(batch["path_change_sample"] < 0, delay, torch.full_like(delay, -1.0))
+            terms["delay"] = _mean(delay_nll(delays, delay, active), delay >= 0)
+        return terms
+
+    def make_metric(self, stage: str) -> EchoMetrics:
+        return EchoMetrics(
+            sample_rate=self.sample_rate,
+            hop_samples=self.hop_samples,
+            scores=self.scores if stage == "test" else (),
+        )
+
+    def update_metric(self, metric: Any, batch: dict[str, Tensor], output: dict[str, Tensor]) -> None:
+        metric.update(
+            output["enhanced"],
+            mic=batch["mic"],
+            far=batch["far"],
+            target=batch["target"],
+            has_target=batch["has_target"],
+            length=batch["length"],
+            scenario=batch["scenario"],
+            delay_samples=batch["delay_samples"],
+            delay_distribution=output.get("delay_distribution"),
+        )
+
+    def example_scores(self, metric: Any) -> list[dict[str, Any]]:
+        return metric.rows()
+
+    def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
+        length = int(batch["length"][0])
+        signals = {"mic": batch["mic"], "far": batch["far"], "enhanced": output["enhanced"], "target": batch["target"]}
+        return {name: signal[0, :length] for name, signal in signals.items()}
+
+    def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
+        state, source = convert(content)
+        if source != "ours":
+            own = dict(self.hparams) | {f"align_{key}": value for key, value in self.align.items()}
+            own["align_hidden"] = self.align["hidden_channels"]
+            theirs = arguments_of(state, source)
+            wrong = {key: value for key, value in theirs.items() if key in own and _as_list(own[key]) != value}
+            if wrong:
+                typed = " ".join(f"model.{_TYPED.get(key, key)}={_as_typed(value)}" for key, value in wrong.items())
+                raise ValueError(f"weights of another network; set {typed}")
+            unknown = [f"{key}={own[key]}" for key in ("stft", "window", "compression")]
+            unknown += [f"{_TYPED[key]}={own[key]}" for key in ("align_max_delay_ms", "align_temperature")]
+            log.warning("%s's weights do not say what they were trained with; taken for %s", source, ", ".join(unknown))
+        return {name if name.startswith("network.") else f"network.{name}": value for name, value in state.items()}
+
+    def example_input(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {name: torch.randn(1, self.sample_rate, generator=generator) for name in self.inputs}
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        mic: Tensor,
+        far: Tensor,
+        *,
+        sample_rate: int | None = None,
+        chunk_s: float = 60.0,
+        overlap_s: float = 4.0,
+    ) -> dict[str, Tensor]:
+        """Cancel the echo in a recording of any length.
+
+        *mic*, *far*: (T,) or (B, T), recorded together. *sample_rate*: their rate in Hz, null for the system's own.
+        Longer recordings than *chunk_s* seconds run in chunks that overlap by *overlap_s*.
+
+        Returns `enhanced`, (…, T) at the recordings' rate and the microphone's level.
+        """
+        if mic.shape != far.shape:
+            raise ValueError(f"mic has shape {tuple(mic.shape)}, far {tuple(far.shape)}: they must be the same")
+        rate = sample_rate or self.sample_rate
+        signals = torch.stack([mic, far], -2).to(self.device, torch.float32)
+        signals = signals.reshape(-1, *signals.shape[-2:])  # (B, 2, T)
+        own = resample(signals, rate, self.sample_rate)
+        self._warn_of_delays(own)
+        pieces = split_chunks(
+            own,
+            chunk_samples=round(chunk_s * self.sample_rate),
+            overlap_samples=round(overlap_s * self.sample_rate),
+        )
+        chunks = ((start, self(piece[:, 0], piece[:, 1]).unsqueeze(1)) for start, piece in pieces)
+        enhanced = stitch_sources(chunks, own.shape[-1])[:, 0]
+        back = resample(enhanced, self.sample_rate, rate)[..., : mic.shape[-1]]
+        return {"enhanced": back.reshape(mic.shape)}
+
+    def _warn_of_delays(self, signals: Tensor) -> None:
+        """Echoes that come later than the network can look back are worth a line. Shape: (B, 2, T)."""
+        longest = self.align["max_delay_ms"]
+        for mic, far in signals:
+            delay_s, _ = estimate_delay(mic, far, sample_rate=self.sample_rate, max_s=max(2.0, 2e-3 * longest))
+            if delay_s is not None and not 0 <= 1000 * delay_s < longest:
+                log.warning(
+                    "the echo comes about %.0f ms after the far end; the network looks back %g ms"
+                    " (model.align.max_delay_ms): shift the far end by that much",
+                    1000 * delay_s,
+                    longest,
+                )
+
+
+_ALIGN = {"hidden_channels": 32, "max_delay_ms": 1000.0, "scale": True, "temperature": 1.0, "mask_start": False}
+_LOSS = {"compression": 0.3, "complex_weight": 0.3, "si_snr_weight": 0.0, "delay_weight": 0.0, "echo_weight": 0.0}
+_TYPED = {"align_hidden": "align.hidden_channels"} | {f"align_{key}": f"align.{key}" for key in _ALIGN}
+
+
+def _section(name: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A nested section with its defaults. Raises ValueError for a key that it does not have."""
+    if unknown := sorted(set(given or {}) - set(defaults)):
+        raise ValueError(f"model.{name} has no {', '.join(unknown)}; it has {', '.join(defaults)}")
+    return defaults | (given or {})
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _as_typed(value: Any) -> str:
+    """As it is typed on a command line."""
+    return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
+
+
+def _item(batch: dict[str, Tensor], index: int, num_samples: int) -> dict[str, Tensor]:
+    """One item of a batch, its padding taken off."""
+    tensors = {name: value[index : index + 1] for name, value in batch.items() if isinstance(value, Tensor)}
+    return {name: value[:, :num_samples] if value.ndim > 1 else value for name, value in tensors.items()}
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of those chosen; zero, with a gradient of zero, when none is. Shape: (B,), (B,) -> ()."""
+    return torch.where(chosen, values, torch.zeros_like(values)).sum() / chosen.sum().clamp(min=1)
