@@ -109,8 +109,11 @@ class DeepVQE(System):
 
     def _enhance(self, mic: Tensor, far: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, T), (B, T) -> (B, T), and the distribution over delays (B, frames, D)."""
+        num_samples = mic.shape[-1]
+        # Whole hops: what comes after the last one is under half a window only, and its errors would be magnified.
+        mic, far = (F.pad(signal, (0, -num_samples % self.hop_samples)) for signal in (mic, far))
         spectrum, delays = self.network(self.stft(mic), self.stft(far) if self.network.alignment is not None else None)
-        return self.stft.inverse(spectrum, mic.shape[-1]), delays
+        return self.stft.inverse(spectrum, mic.shape[-1])[..., :num_samples], delays
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         num_samples = batch["mic"].shape[-1]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.conv_tasnet import without_autocast
+from modules.autocast import without_autocast
 
 
 def _blocks(num_frames: int, num_delays: int) -> tuple[int, int]:

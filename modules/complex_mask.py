@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.conv_tasnet import without_autocast
+from modules.autocast import without_autocast
 
 # 3 real numbers for a complex weight, of 3 frames and 3 bins.
 NUM_MASK_CHANNELS = 27

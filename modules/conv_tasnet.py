@@ -19,7 +19,6 @@ Decisions that are not obvious:
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.autocast import without_autocast
 from modules.cpu_layers import DepthwiseConv1d, PReLU
 from modules.norms import NORMS, make_norm
 
@@ -269,10 +269,3 @@ def _check_arguments(sizes: dict[str, int], names: dict[str, str], causal: bool)
         wrong.append(f"causal must be true or false, got {causal!r}")
     if wrong:
         raise ValueError("ConvTasNet: " + "; ".join(wrong))
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Full precision inside; no context at all where autocast is off, so that exported graphs stay plain."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.conv_tasnet import ENCODER_ACTIVATIONS, ConvBlock, ConvTasNet, without_autocast
+from modules.autocast import without_autocast
+from modules.conv_tasnet import ENCODER_ACTIVATIONS, ConvBlock, ConvTasNet
 from modules.cpu_layers import DepthwiseConv1d
 from modules.norms import CumulativeNorm, cumulative_layer_norm, initial_totals
 

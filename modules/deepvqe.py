@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.alignment import SoftAlignment
+from modules.autocast import without_autocast
 from modules.complex_mask import IDENTITY_CHANNEL, NUM_MASK_CHANNELS, complex_convolving_mask
-from modules.conv_tasnet import without_autocast
 
 SUBPIXELS = ("interleave", "concat")
 RESIDUALS = ("all", "inner_decoder")

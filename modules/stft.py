@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.conv_tasnet import without_autocast
+from modules.autocast import without_autocast
 
 
 def _sqrt_hann(num_samples: int) -> Tensor:
