@@ -86,6 +86,7 @@ def start_ours(protocol: dict[str, Any], folder: Path, work: Path) -> OurTrainin
         "data.test_manifest=null",
         f"data.noise_manifest={noise}",
         f"data.val_noise_manifest={noise}",
+        *(f"data.{stage}rir_manifest=null" for stage in ("", "val_", "test_")),
         "data.test_noise_manifest=null",
         f"data.batch_size={batch_size}",
         f"seed={protocol['train_seed']}",

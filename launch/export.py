@@ -40,6 +40,8 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError(f"exporting needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     path = checkpoint.locate(config["ckpt_path"])
     system = build_system(read_checkpoint(path), path, config["packages"])
+    if system.not_exportable:
+        raise ConfigError(f"{type(system).__name__} cannot be exported: {system.not_exportable}")
     example = system.example_input()
     with atomic_path(output) as temporary:
         write_onnx(system, example, temporary, opset=config["opset"])

@@ -17,6 +17,7 @@ _LEVEL_FRAME_SAMPLES = 512
 _ACTIVE_MARGIN = 10 ** (-15.9 / 10)  # energy; the margin of ITU-T P.56 between active level and threshold
 _MAX_GAIN = 100.0  # 40 dB: what is quieter is noise, which should stay quiet
 _NEAR_END_RMS = 1e-3  # -60 dB
+_TINY_POWER = 1e-10  # -100 dB: keeps silence divided by silence from being NaN, and its gradient small
 _FAR_END_RMS = 10 ** (-70 / 20)  # a far end below this plays nothing,
 _FAR_END_RANGE = 10 ** (-40 / 20)  # and neither does one that is this much below its own loudest frame
 _MIN_PROBABILITY = 1e-12  # a softmax in float32 gives such values still and can learn from them
@@ -96,6 +97,23 @@ def neg_si_snr(estimate: Tensor, target: Tensor, *, eps: float = 1e-4) -> Tensor
     signal = scale.square() * energy
     distortion = (estimate - scale.unsqueeze(-1) * target).square().sum(-1)
     return -10 * torch.log10(signal / (distortion + eps * energy + tiny) + eps)
+
+
+def neg_snr(estimate: Tensor, target: Tensor, *, eps: float = 1e-3) -> Tensor:
+    """Negative SNR in dB, to which a wrong level is an error like any other.
+
+    -10 log10(|t|^2 / (|e - t|^2 + eps |t|^2)), after Wisdom et al., "What's all the fuss about free universal sound
+    separation data?", 2021, equation 2: eps bounds it at 10 log10(eps), -30 dB by default, and the gradient too. 0 for
+    a silent estimate; of a silent target no ratio can be taken: leave those out with `near_end_active`.
+
+    Shape: (B, T), (B, T) -> (B,).
+    """
+    _check_same_shape(estimate, target)
+    dtype = _at_least_float32(estimate, target)
+    estimate, target = estimate.to(dtype), target.to(dtype)
+    energy = target.square().mean(-1)
+    error = (estimate - target).square().mean(-1)
+    return 10 * torch.log10((error + eps * energy + _TINY_POWER) / (energy + _TINY_POWER))
 
 
 def near_end_active(target: Tensor) -> Tensor:

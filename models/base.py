@@ -30,6 +30,8 @@ class System(pl.LightningModule, ABC):
     FORMAT_VERSION: ClassVar[int] = 1
     inputs: ClassVar[dict[str, str]] = {}
     outputs: ClassVar[dict[str, str]] = {}
+    not_exportable: ClassVar[str | None] = None
+    """Why export.py refuses this system; None: it does not."""
     sample_rate: int | None = None
 
     def __init__(self, *, optim: dict[str, Any] | None = None) -> None:

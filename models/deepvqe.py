@@ -20,6 +20,7 @@ from losses.echo import (
     level_gain,
     near_end_active,
     neg_si_snr,
+    neg_snr,
 )
 from metrics.echo import EchoMetrics
 from models.base import System
@@ -44,13 +45,14 @@ class DeepVQE(System):
     *sample_rate*: of the training data, in Hz; `predict` resamples other rates.
     *stft*: n320, n512 (16 kHz) or n480 (24 kHz). *window*: sqrt_hann, or hann as some public weights have it.
     *align*: `hidden_channels`, `max_delay_ms`, `scale`, `temperature`, `mask_start`; see modules/alignment.py.
-    *loss*: `compression` and `complex_weight` of the spectral loss; `si_snr_weight`, `delay_weight` and `echo_weight`
-    of what may stand beside it, 0 for none.
+    *loss*: `compression` and `complex_weight` of the spectral loss; `si_snr_weight`, `snr_weight`, `delay_weight` and
+    `echo_weight` of what may stand beside it, 0 for none.
     *scores*: what the test reports beside levels and ratios: pesq, stoi, aecmos, dnsmos.
     """
 
     inputs: ClassVar[dict[str, str]] = {"mic": "audio", "far": "audio"}
     outputs: ClassVar[dict[str, str]] = {"enhanced": "audio"}
+    not_exportable: ClassVar[str | None] = "its STFT and its alignment need the length of a recording; use predict.py"
 
     def __init__(
         self,
@@ -160,9 +162,10 @@ class DeepVQE(System):
         )
         known = batch["has_target"]
         terms = {"spectral": _mean(spectral, known)}
-        if weights["si_snr_weight"] > 0:
-            si_snr = neg_si_snr(enhanced, batch["target"])
-            terms["si_snr"] = _mean(si_snr, known & near_end_active(batch["target"]))
+        active_near = known & near_end_active(batch["target"])
+        for name, ratio in (("si_snr", neg_si_snr), ("snr", neg_snr)):
+            if weights[f"{name}_weight"] > 0:
+                terms[name] = _mean(ratio(enhanced, batch["target"]), active_near)
         if weights["delay_weight"] > 0 and delays is not None:
             active = far_active_frames(batch["far"], hop_samples=self.hop_samples, num_frames=delays.shape[1])
             delay = batch["delay_samples"] / self.hop_samples
@@ -266,7 +269,14 @@ class DeepVQE(System):
 
 
 _ALIGN = {"hidden_channels": 32, "max_delay_ms": 1000.0, "scale": True, "temperature": 1.0, "mask_start": False}
-_LOSS = {"compression": 0.3, "complex_weight": 0.3, "si_snr_weight": 0.0, "delay_weight": 0.0, "echo_weight": 0.0}
+_LOSS = {
+    "compression": 0.3,
+    "complex_weight": 0.3,
+    "si_snr_weight": 0.0,
+    "snr_weight": 0.0,
+    "delay_weight": 0.0,
+    "echo_weight": 0.0,
+}
 _TYPED = {"align_hidden": "align.hidden_channels"} | {f"align_{key}": f"align.{key}" for key in _ALIGN}
 
 

@@ -125,7 +125,7 @@ def synthetic_speech(rng: np.random.Generator, seconds: float, pitch_hz: float) 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with speech/<talker>/<n>.wav of nine talkers and train.jsonl, val.jsonl, test.jsonl beside it."""
+    """Speech of nine talkers, a noise and a room's two responses, with manifests named as those of the demo corpus."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
@@ -136,8 +136,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(file, synthetic_speech(rng, 1.0, 90 + 20 * talker), RATE)
             rows[split].append({"audio_filepath": str(file), "duration": 1.0, "speaker": f"talker{talker}"})
+    response = np.zeros(800, np.float32)
+    response[[20, 300]] = 1.0, 0.3
+    sounds = {"noise": 0.1 * rng.standard_normal(2 * RATE), "talker": response, "loudspeaker": np.roll(response, -15)}
+    for name, signal in sounds.items():
+        soundfile.write(folder / f"{name}.wav", signal, RATE)
+    noise = {"audio_filepath": str(folder / "noise.wav"), "duration": 2.0}
+    responses = [
+        {"audio_filepath": str(folder / f"{kind}.wav"), "duration": 0.1, "room": "a", "kind": kind}
+        for kind in ("talker", "loudspeaker")
+    ]
     for split, lines in rows.items():
         write_manifest(folder / f"{split}.jsonl", lines)
+        write_manifest(folder / f"noise_{split}.jsonl", [noise])
+        write_manifest(folder / f"rir_{split}.jsonl", responses)
     return folder
 
 

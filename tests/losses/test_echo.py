@@ -15,6 +15,7 @@ from losses.echo import (
     level_gain,
     near_end_active,
     neg_si_snr,
+    neg_snr,
 )
 
 SHAPE = (3, 9, 7, 2)  # (B, F, frames, 2)
@@ -92,7 +93,12 @@ def test_error_weights_multiply_bins():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_silence_and_perfection_stay_finite(case, autocast):
-    for loss, shape, steepest in ((compressed_spectral_loss, SHAPE, 120 / (9 * 7)), (neg_si_snr, (3, 4000), 1e3)):
+    waveforms = (3, 4000)
+    for loss, shape, steepest in (
+        (compressed_spectral_loss, SHAPE, 120 / (9 * 7)),
+        (neg_si_snr, waveforms, 1e3),
+        (neg_snr, waveforms, 1e4),
+    ):
         estimate, target = edge_case(case, *shape)
         estimate.requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -104,6 +110,8 @@ def test_silence_and_perfection_stay_finite(case, autocast):
         assert estimate.grad.norm(dim=-1).max() < steepest
         if case == "perfect":
             assert value.max() < 1e-9
+        if case == "silent estimate" and loss is neg_snr:
+            assert value.abs().max() < 0.01  # as good as the microphone's own level at an SNR of 0 dB
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -133,6 +141,15 @@ def test_si_snr_equals_torchmetrics_and_saturates():
     torch.testing.assert_close(value[:3], expected[:3], atol=0.1, rtol=0)
     assert (value[3:] > -40.01).all() and value[4] < -39.9
     assert neg_si_snr(torch.zeros(1, 4000), target[:1]).item() == pytest.approx(40)
+
+
+def test_snr_counts_a_wrong_level_and_saturates():
+    target = noise(2, 4000)
+    for gain in (0.5, 2.0):
+        expected = 20 * math.log10(abs(gain - 1))
+        torch.testing.assert_close(neg_snr(gain * target, target), torch.full((2,), expected), atol=0.05, rtol=0)
+    assert neg_snr(target, target)[0].item() == pytest.approx(-30, abs=1e-3)
+    assert (neg_snr(target + 0.1 * noise(2, 4000, seed=1), target) < -19).all()
 
 
 def test_silence_is_not_a_way_out_of_si_snr():

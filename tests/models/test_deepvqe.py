@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
     "align": {"hidden_channels": 4, "max_delay_ms": 96.0},
     "optim": {"name": "adam", "lr": 1e-3},
 }
-ALL_TERMS = {"si_snr_weight": 0.05, "delay_weight": 0.1, "echo_weight": 1.0}
+ALL_TERMS = {"si_snr_weight": 0.05, "snr_weight": 0.05, "delay_weight": 0.1, "echo_weight": 1.0}
 
 
 def build(seed: int = 0, **arguments: Any) -> DeepVQE:
@@ -93,7 +93,7 @@ def test_trains_without_a_nan(dtype: torch.dtype | None, num_steps: int) -> None
     assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
 
 
-@pytest.mark.parametrize("term", ["si_snr", "delay"])
+@pytest.mark.parametrize("term", ["si_snr", "snr", "delay"])
 def test_every_term_changes_the_loss_by_its_weight(term: str) -> None:
     batch = make_batch()
     without, with_term = (build(loss={f"{term}_weight": weight}).eval().step(batch) for weight in (0.0, 0.5))
