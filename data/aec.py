@@ -39,7 +39,7 @@ class EchoData(SystemData):
         sample_rate: rate of all signals in Hz.
         segment_s: length of a training example in seconds.
         eval_segment_s: length of a validation or test example; recordings are taken whole.
-        eval_seed: seed of the validation examples; the test examples have the next one.
+        eval_seed: seed of the validation and, in another way, of the test examples.
         max_delay_ms: the longest delay that the model looks for; None: unknown. A warning when examples may have more.
 
         Of examples made from single talkers only:
@@ -152,8 +152,12 @@ class EchoData(SystemData):
         segment_s = number("segment_s", segment_s, least=1 / self.sample_rate)
         eval_segment_s = number("eval_segment_s", eval_segment_s, least=1 / self.sample_rate)
         self.segments_s = {"train": segment_s, "val": eval_segment_s, "test": eval_segment_s}
+        if self.path.delay_ms[1] >= 1000 * min(segment_s, eval_segment_s):
+            shortest = "segment_s" if segment_s <= eval_segment_s else "eval_segment_s"
+            raise ValueError(f"delay_ms must stay below {shortest}, or echoes come after the end; got {delay_ms}")
         eval_seed = whole_number("eval_seed", eval_seed, least=0)
-        self.seeds = {"train": seed, "val": eval_seed, "test": eval_seed + 1}
+        # Three ranges that do not meet: no seed of training has the rooms and draws of an evaluation.
+        self.seeds = {"train": 3 * seed, "val": 3 * eval_seed + 1, "test": 3 * eval_seed + 2}
         self.max_delay_ms = None if max_delay_ms is None else number("max_delay_ms", max_delay_ms, least=0)
         self.num_examples = {
             "train": whole_number("train_examples", train_examples, least=1),
@@ -188,6 +192,8 @@ class EchoData(SystemData):
             if training:
                 log.info("the training examples are recordings: the keys of their synthesis have no effect")
             self._warn_of_delays(longest_delay_ms(rows), str(self.manifests[stage]))
+            if stage != "test":
+                self._check_targets(rows, f"data.{stage}_manifest={self.manifests[stage]}")
             return FixedEchoDataset(rows, segment_s=self.segments_s[stage] if training else None, **common)
         longest_ms = self.path.largest_delay_ms(max(self.segments_s.values()))
         self._warn_of_delays(longest_ms + self.room_settings.largest_direct_ms(), "data.delay_ms")
@@ -212,6 +218,16 @@ class EchoData(SystemData):
             **common,
             **self.cache,
         )
+
+    def _check_targets(self, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Recordings without a target cannot be learned from, and silence alone teaches to be silent."""
+        if any("clean_filepath" in row for row in rows):
+            return
+        if all(row["scenario"] != "far_end" for row in rows):
+            raise DataError(
+                f"{where}: no recording has a target, which is clean_filepath, or silence in far-end single talk"
+            )
+        log.warning("%s: no row has clean_filepath, so a mute output is the best: add rows that have it", where)
 
     def _warn_of_delays(self, longest_ms: float | None, where: str) -> None:
         """One warning per source when echoes may come later than the model looks."""

@@ -2,8 +2,8 @@
 
 Decisions that are not obvious
 * Signals are given as they were recorded: no level is set, nothing is aligned. A recording is what a device heard.
-* Far-end single talk has silence for a target, whether or not a file says so. What remains of real double talk nobody
-  knows: its target is zeros, and `has_target` is False.
+* Far-end single talk without a clean file has silence for a target. What remains of real double talk nobody knows: its
+  target is zeros, and `has_target` is False.
 * Microphone, far end and clean signal are cut at the same samples, those that all of them have. Files that differ by
   more than 20 ms in length, or in sample rate, did not record the same moment on the same clock and are refused.
 """

@@ -24,7 +24,7 @@ import numpy as np
 
 from data.cache import RowReader
 from data.checks import number, whole_number
-from data.errors import DataError
+from data.errors import AudioError, DataError
 from data.manifest import LINE_KEY
 from data.ranges import Range, check_range
 
@@ -261,6 +261,7 @@ class MeasuredRooms:
         self.sample_rate = sample_rate
         self.rir_s = rir_s
         self._rooms = [rooms[name] for name in sorted(rooms)]
+        self._files = [str(row["audio_filepath"]) for row in rows]
         self._reader = RowReader(rows, sample_rate=sample_rate, cache=True)
 
     def draw(self, rng: np.random.Generator) -> Responses:
@@ -274,6 +275,8 @@ class MeasuredRooms:
 
     def _read(self, row: int) -> Response:
         taps = self._reader.read(row, start=0, count=self._reader.num_samples[row]).numpy()
+        if not taps.any():
+            raise AudioError(f"{self._files[row]}: is silent, no room response")
         return measured_response(taps, sample_rate=self.sample_rate, rir_s=self.rir_s)
 
 

@@ -79,22 +79,25 @@ def to_continue(path: str | Path) -> Path:
 def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str, Any]:
     """What of a checkpoint's configuration a script takes as the base for typed overrides.
 
-    evaluate: the data section. predict: the options of the system's `predict`, without a prefix, and a key for each
-    input signal beside the first, which is `input`. *packages*: as typed; a checkpoint's own are never believed.
+    evaluate: the data section, and what the system lets one choose there. predict: the options of the system's
+    `predict`, without a prefix, and a key for each input signal beside the first, which is `input`. *packages*: as
+    typed; a checkpoint's own are never believed.
     """
     content = read_checkpoint(path)
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds no configuration, so it was not written by train.py")
+    if script not in ("evaluate", "predict"):
+        return {}
+    try:
+        system = find_class(content["system"]["name"], System, packages)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if script == "evaluate":
-        return {"data": config["data"]}
-    if script == "predict":
-        try:
-            system = find_class(content["system"]["name"], System, packages)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        return {**(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
-    return {}
+        arguments = content["system"]["arguments"]
+        chosen = {key: arguments[key] for key in system.chosen_in_evaluation if key in arguments}
+        return {"data": config["data"], "model": chosen}
+    return {**(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
 
 
 def newest_readable(folder: Path) -> Path | None:

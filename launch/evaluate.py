@@ -33,6 +33,7 @@ def run(cfg: DictConfig) -> None:
     config = plain(cfg, typed_keys(list(HydraConfig.get().overrides.task)))
     path = checkpoint.locate(config["ckpt_path"])
     content = read_checkpoint(path)
+    content["system"]["arguments"] |= config["model"]
     system = build_system(content, path, config["packages"])
     section = resolve_hardware(config["trainer"])
     data = Blueprint("data", config["data"], SystemData, config["packages"])

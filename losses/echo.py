@@ -160,8 +160,8 @@ def delay_likelihood(delay_distribution: Tensor, delay_frames: Tensor) -> Tensor
     return likelihood * known.unsqueeze(-1)
 
 
-def delay_nll(delay_distribution: Tensor, delay_frames: Tensor, active: Tensor) -> Tensor:
-    """Negative log-likelihood of the true delay, the mean over the frames that can know it.
+def delay_nll(delay_distribution: Tensor, delay_frames: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the true delay, the mean over the frames that can know it; and whether there are any.
 
     Those are the frames whose echo was played while the far end was active: `delay_frames` earlier, so frames before
     the first echo do not count. 0, without gradient, where no frame counts or where the delay is unknown (negative)
@@ -171,14 +171,14 @@ def delay_nll(delay_distribution: Tensor, delay_frames: Tensor, active: Tensor) 
     there the least value is not 0 but up to log 2.
 
     Shape: delay_distribution (B, frames, D), delay_frames (B,) in frames, active (B, frames) bool: frames in which
-    the far end is active -> (B,).
+    the far end is active -> (B,), (B,) bool.
     """
     likelihood = delay_likelihood(delay_distribution, delay_frames)
     known = _is_within(delay_frames, delay_distribution.shape[-1])
     played = _delayed(active, delay_frames.ceil().long().clamp_min(0)) & known.unsqueeze(-1)  # (B, frames)
     nll = -likelihood.clamp_min(_MIN_PROBABILITY).log()
     # where, not a product: frames that do not count must not even pass on a gradient.
-    return torch.where(played, nll, 0.0).sum(-1) / played.sum(-1).clamp_min(1)
+    return torch.where(played, nll, 0.0).sum(-1) / played.sum(-1).clamp_min(1), played.any(-1)
 
 
 def echo_weight(near_spectrum: Tensor, echo_spectrum: Tensor, *, weight: float) -> Tensor:

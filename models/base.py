@@ -32,6 +32,8 @@ class System(pl.LightningModule, ABC):
     outputs: ClassVar[dict[str, str]] = {}
     not_exportable: ClassVar[str | None] = None
     """Why export.py refuses this system; None: it does not."""
+    chosen_in_evaluation: ClassVar[tuple[str, ...]] = ()
+    """Constructor arguments that evaluate.py may change, because they change no result of the network."""
     sample_rate: int | None = None
 
     def __init__(self, *, optim: dict[str, Any] | None = None) -> None:
@@ -46,7 +48,10 @@ class System(pl.LightningModule, ABC):
 
     @abstractmethod
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What one batch costs: `loss`, further scalars to log, and any tensors that metrics or figures need."""
+        """What one batch costs: `loss`, further scalars to log, and any tensors that metrics or figures need.
+
+        `num_compared`, if there is one, says how many examples the scalars are the mean of; all of them otherwise.
+        """
 
     def make_metric(self, stage: str) -> Metric | None:
         """What a stage (`val` or `test`) reports: a torchmetrics object whose `compute` returns name -> value."""
@@ -93,6 +98,7 @@ class System(pl.LightningModule, ABC):
         output = self.step(batch)
         training = stage == "train"
         size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        size = int(output.pop("num_compared", size))
         scalars = {
             f"{stage}_{name}": value
             for name, value in output.items()

@@ -6,7 +6,7 @@ resynthesised waveform; the terms beside it, and what each is for, are in losses
 
 import logging
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 STFTS = {"n320": (16000, 320, 160), "n512": (16000, 512, 256), "n480": (24000, 480, 240)}
 
 
+class _Compared(NamedTuple):
+    """Enhanced signals (B, T), delay distributions (B, frames, D), and each term's values and their validity (B,)."""
+
+    enhanced: Tensor
+    delays: Tensor | None
+    terms: dict[str, tuple[Tensor, Tensor]]
+
+
 class DeepVQE(System):
     """Takes echo, noise and what else is not the near end out of a microphone signal, given the far end's.
 
@@ -53,6 +61,7 @@ class DeepVQE(System):
     inputs: ClassVar[dict[str, str]] = {"mic": "audio", "far": "audio"}
     outputs: ClassVar[dict[str, str]] = {"enhanced": "audio"}
     not_exportable: ClassVar[str | None] = "its STFT and its alignment need the length of a recording; use predict.py"
+    chosen_in_evaluation: ClassVar[tuple[str, ...]] = ("scores",)
 
     def __init__(
         self,
@@ -86,6 +95,7 @@ class DeepVQE(System):
         self.loss_terms = _section("loss", loss, _LOSS)
         self.scores = tuple(scores)
         max_delay_frames = math.ceil(self.align["max_delay_ms"] * sample_rate / 1000 / hop_samples)
+        self.reach_ms = 1000 * (max_delay_frames - 1) * hop_samples / sample_rate  # delays 0 … max_delay_frames - 1
         self.stft = STFT(n_fft=n_fft, hop_samples=hop_samples, window=window)
         self.network = Network(
             num_bins=n_fft // 2 + 1,
@@ -119,33 +129,33 @@ class DeepVQE(System):
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         num_samples = batch["mic"].shape[-1]
-        if self.training or bool((batch["length"] == num_samples).all()):
-            return self._enhance_and_compare(batch)
+        whole = self.training or bool((batch["length"] == num_samples).all())
         # Recordings of several lengths go alone: their padding would count in the means of the loss.
-        alone = [self._enhance_and_compare(_item(batch, i, int(n))) for i, n in enumerate(batch["length"])]
-        enhanced = [F.pad(o["enhanced"], (0, num_samples - o["enhanced"].shape[-1])) for o in alone]
-        output = {"enhanced": torch.cat(enhanced)}
-        if "delay_distribution" in alone[0]:
-            delays = [o["delay_distribution"] for o in alone]
-            frames = max(d.shape[1] for d in delays)
-            output["delay_distribution"] = torch.cat([F.pad(d, (0, 0, 0, frames - d.shape[1])) for d in delays])
-        names = [name for name, value in alone[0].items() if value.ndim == 0]
-        return output | {name: _mean(torch.stack([o[name] for o in alone]), batch["has_target"]) for name in names}
-
-    def _enhance_and_compare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        enhanced, delays = self._enhance(batch["mic"], batch["far"])
-        terms = self._loss_terms(batch, enhanced, delays)
-        weights = {"spectral": 1.0} | {name: self.loss_terms[f"{name}_weight"] for name in terms if name != "spectral"}
-        loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        output = {"loss": loss, "enhanced": enhanced}
-        if delays is not None:
-            output["delay_distribution"] = delays
+        parts = [batch] if whole else [_item(batch, i, int(n)) for i, n in enumerate(batch["length"])]
+        compared = [self._compare(part, *self._enhance(part["mic"], part["far"])) for part in parts]
+        enhanced = [F.pad(c.enhanced, (0, num_samples - c.enhanced.shape[-1])) for c in compared]
+        terms = {
+            name: _mean(
+                torch.cat([c.terms[name][0] for c in compared]), torch.cat([c.terms[name][1] for c in compared])
+            )
+            for name in compared[0].terms
+        }
+        weights = {name: self.loss_terms.get(f"{name}_weight", 1.0) for name in terms}
+        output = {
+            "loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum(),
+            "enhanced": torch.cat(enhanced),
+            "num_compared": batch["has_target"].sum(),
+        }
         if len(terms) > 1:
             output |= {f"loss_{name}": value.detach() for name, value in terms.items()}
+        delays = [c.delays for c in compared if c.delays is not None]
+        if delays:
+            frames = max(d.shape[1] for d in delays)
+            output["delay_distribution"] = torch.cat([F.pad(d, (0, 0, 0, frames - d.shape[1])) for d in delays])
         return output
 
-    def _loss_terms(self, batch: dict[str, Tensor], enhanced: Tensor, delays: Tensor | None) -> dict[str, Tensor]:
-        """Mean over the items whose target is known, of each term that has a weight."""
+    def _compare(self, batch: dict[str, Tensor], enhanced: Tensor, delays: Tensor | None) -> _Compared:
+        """Every term that has a weight: (B,) values, and for which items they mean something."""
         weights = self.loss_terms
         gain = level_gain(batch["mic"])  # (B, 1)
         estimate, target = self.stft(enhanced * gain), self.stft(batch["target"] * gain)
@@ -161,17 +171,17 @@ class DeepVQE(System):
             weight=bins,
         )
         known = batch["has_target"]
-        terms = {"spectral": _mean(spectral, known)}
+        terms = {"spectral": (spectral, known)}
         active_near = known & near_end_active(batch["target"])
         for name, ratio in (("si_snr", neg_si_snr), ("snr", neg_snr)):
             if weights[f"{name}_weight"] > 0:
-                terms[name] = _mean(ratio(enhanced, batch["target"]), active_near)
+                terms[name] = ratio(enhanced, batch["target"]), active_near
         if weights["delay_weight"] > 0 and delays is not None:
             active = far_active_frames(batch["far"], hop_samples=self.hop_samples, num_frames=delays.shape[1])
             delay = batch["delay_samples"] / self.hop_samples
             delay = torch.where(batch["path_change_sample"] < 0, delay, torch.full_like(delay, -1.0))
-            terms["delay"] = _mean(delay_nll(delays, delay, active), delay >= 0)
-        return terms
+            terms["delay"] = delay_nll(delays, delay, active)
+        return _Compared(enhanced, delays, terms)
 
     def make_metric(self, stage: str) -> EchoMetrics:
         return EchoMetrics(
@@ -237,35 +247,40 @@ class DeepVQE(System):
 
         Returns `enhanced`, (…, T) at the recordings' rate and the microphone's level.
         """
-        if mic.shape != far.shape:
-            raise ValueError(f"mic has shape {tuple(mic.shape)}, far {tuple(far.shape)}: they must be the same")
+        if mic.shape != far.shape or not mic.numel():
+            raise ValueError(f"mic has shape {tuple(mic.shape)}, far {tuple(far.shape)}: give both the same, not empty")
         rate = sample_rate or self.sample_rate
         signals = torch.stack([mic, far], -2).to(self.device, torch.float32)
         signals = signals.reshape(-1, *signals.shape[-2:])  # (B, 2, T)
         own = resample(signals, rate, self.sample_rate)
-        self._warn_of_delays(own)
-        pieces = split_chunks(
-            own,
-            chunk_samples=round(chunk_s * self.sample_rate),
-            overlap_samples=round(overlap_s * self.sample_rate),
-        )
-        chunks = ((start, self(piece[:, 0], piece[:, 1]).unsqueeze(1)) for start, piece in pieces)
-        enhanced = stitch_sources(chunks, own.shape[-1])[:, 0]
+        hop, num_samples = self.hop_samples, own.shape[-1]
+        own = F.pad(own, (0, -num_samples % hop))
+        chunk_samples, overlap_samples = (hop * round(s * self.sample_rate / hop) for s in (chunk_s, overlap_s))
+        warm_up = overlap_samples // 2  # a chunk's beginning knows nothing of the echo of what was played before it
+        warned = self.network.alignment is None
+        pieces = []
+        # All chunks begin on one grid of frames.
+        for start, piece in split_chunks(own, chunk_samples=chunk_samples, overlap_samples=overlap_samples, unit=hop):
+            warned = warned or self._warn_of_delay(piece)
+            skip = warm_up if start else 0
+            pieces.append((start + skip, self(piece[:, 0], piece[:, 1])[:, None, skip:]))
+        enhanced = stitch_sources(pieces, own.shape[-1])[:, 0, :num_samples]
         back = resample(enhanced, self.sample_rate, rate)[..., : mic.shape[-1]]
         return {"enhanced": back.reshape(mic.shape)}
 
-    def _warn_of_delays(self, signals: Tensor) -> None:
-        """Echoes that come later than the network can look back are worth a line. Shape: (B, 2, T)."""
-        longest = self.align["max_delay_ms"]
-        for mic, far in signals:
-            delay_s, _ = estimate_delay(mic, far, sample_rate=self.sample_rate, max_s=max(2.0, 2e-3 * longest))
-            if delay_s is not None and not 0 <= 1000 * delay_s < longest:
+    def _warn_of_delay(self, signals: Tensor) -> bool:
+        """A line when an echo comes later than the network can look back; whether there was one. Shape: (B, 2, T)."""
+        for mic, far in signals.cpu():
+            delay_s, _ = estimate_delay(mic, far, sample_rate=self.sample_rate, max_s=max(1.0, 2e-3 * self.reach_ms))
+            if delay_s is not None and not 0 <= 1000 * delay_s <= self.reach_ms:
                 log.warning(
-                    "the echo comes about %.0f ms after the far end; the network looks back %g ms"
+                    "the echo comes about %.0f ms after the far end, the network looks back %.0f ms"
                     " (model.align.max_delay_ms): shift the far end by that much",
                     1000 * delay_s,
-                    longest,
+                    self.reach_ms,
                 )
+                return True
+        return False
 
 
 _ALIGN = {"hidden_channels": 32, "max_delay_ms": 1000.0, "scale": True, "temperature": 1.0, "mask_start": False}
@@ -277,14 +292,24 @@ _LOSS = {
     "delay_weight": 0.0,
     "echo_weight": 0.0,
 }
+_LIMITS = {"max_delay_ms": (1, 60_000), "temperature": (1e-6, 1e6), "compression": (0.01, 1), "complex_weight": (0, 1)}
+_LIMITS |= {key: (0, 1e6) for key in _LOSS if key.endswith("_weight") and key != "complex_weight"}
 _TYPED = {"align_hidden": "align.hidden_channels"} | {f"align_{key}": f"align.{key}" for key in _ALIGN}
 
 
 def _section(name: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A nested section with its defaults. Raises ValueError for a key that it does not have."""
+    """A nested section with its defaults. Raises ValueError for a key that it does not have, or a wrong number."""
     if unknown := sorted(set(given or {}) - set(defaults)):
         raise ValueError(f"model.{name} has no {', '.join(unknown)}; it has {', '.join(defaults)}")
-    return defaults | (given or {})
+    values = defaults | (given or {})
+    for key, (least, most) in _LIMITS.items():
+        if key in values and not (_is_number(values[key]) and least <= values[key] <= most):
+            raise ValueError(f"model.{name}.{key}={values[key]}: give a number from {least:g} to {most:g}")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _as_list(value: Any) -> Any:

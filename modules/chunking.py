@@ -29,8 +29,12 @@ def separate_in_chunks(
     return stitch_sources(((start, separate(chunk)) for start, chunk in pieces), mixture.shape[-1])
 
 
-def split_chunks(mixture: Tensor, *, chunk_samples: int, overlap_samples: int) -> Iterator[tuple[int, Tensor]]:
+def split_chunks(
+    mixture: Tensor, *, chunk_samples: int, overlap_samples: int, unit: int = 1
+) -> Iterator[tuple[int, Tensor]]:
     """Yields (start, view) of the chunks: as few as cover the mixture, evenly spread.
+
+    *unit*: chunks start at multiples of it; the lengths of mixture, chunks and overlap must be multiples too.
 
     Shape: (B, T) -> (B, chunk_samples) each, or (B, T) when T <= chunk_samples.
     """
@@ -39,14 +43,18 @@ def split_chunks(mixture: Tensor, *, chunk_samples: int, overlap_samples: int) -
             f"the overlap of chunks must be between 0 and the chunk's length of {chunk_samples} samples, "
             f"both excluded, got {overlap_samples} samples"
         )
-    return _iterate_chunks(mixture, chunk_samples, chunk_samples - overlap_samples)
+    if mixture.shape[-1] % unit or chunk_samples % unit or overlap_samples % unit:
+        raise ValueError(
+            f"lengths of {mixture.shape[-1]}, {chunk_samples}, {overlap_samples} are no multiples of {unit}"
+        )
+    return _iterate_chunks(mixture, chunk_samples, chunk_samples - overlap_samples, unit)
 
 
-def _iterate_chunks(mixture: Tensor, chunk_samples: int, hop_samples: int) -> Iterator[tuple[int, Tensor]]:
+def _iterate_chunks(mixture: Tensor, chunk_samples: int, hop_samples: int, unit: int) -> Iterator[tuple[int, Tensor]]:
     rest = max(mixture.shape[-1] - chunk_samples, 0)  # what the first chunk leaves
     num_hops = -(-rest // hop_samples)
     for index in range(num_hops + 1):
-        start = index * rest // max(num_hops, 1)
+        start = index * (rest // unit) // max(num_hops, 1) * unit
         yield start, mixture[..., start : start + chunk_samples]
 
 

@@ -13,7 +13,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import pad
 
 _LOWEST_HZ = 100.0
 _FLOOR = 1e-4  # of a signal's strongest band (-40 dB), under which a bin is not counted
@@ -63,9 +63,16 @@ def gcc_phat(mic: Tensor, far: Tensor, *, most: int, sample_rate: int) -> Tensor
     padded = torch.stack([pad(signal.detach().float(), (0, size - signal.numel())) for signal in (mic, far)])
     spectra = torch.fft.rfft(padded)  # (2, F)
     spectra[:, : math.ceil(_LOWEST_HZ / sample_rate * size)] = 0
-    width = 2 * round(_BAND_HZ / sample_rate * size / 2) + 1
-    power = avg_pool1d(spectra.abs().square(), width, stride=1, padding=width // 2)  # (2, F)
+    power = _smoothed(spectra.abs().square(), round(_BAND_HZ / sample_rate * size / 2))  # (2, F)
     heard = ((power > _FLOOR * power.amax(-1, keepdim=True)) & (spectra != 0)).all(0)  # (F,)
     phase = (spectra[0] * spectra[1].conj()).angle()
     correlation = torch.fft.irfft(torch.where(heard, torch.exp(1j * phase), 0), size)
     return torch.cat([correlation[size - most :], correlation[: most + 1]])
+
+
+def _smoothed(power: Tensor, half: int) -> Tensor:
+    """The mean over the 2 * half + 1 bins around each, zeros outside, by running sums. Shape: (2, F) -> (2, F)."""
+    count, total = power.shape[-1], pad(power.double().cumsum(-1), (1, 0))
+    index = torch.arange(count, device=power.device)
+    sums = total[:, (index + half + 1).clamp_max(count)] - total[:, (index - half).clamp_min(0)]
+    return (sums / (2 * half + 1)).to(power.dtype)

@@ -112,7 +112,28 @@ def test_evaluation_does_not_depend_on_the_training_seed(manifests):
         one, same, other = (next(iter(getattr(data, stage)())) for data in (first, second, third))
         assert equal(one, same) and not torch.equal(one["mic"], other["mic"])
     train = [next(iter(data.train_dataloader()))["mic"] for data in (first, second)]
-    assert not torch.equal(*train) and first.seeds["val"] != first.seeds["test"]
+    assert not torch.equal(*train)
+
+
+def test_no_training_shares_draws_or_rooms_with_an_evaluation(manifests):
+    seeds = [data_of(manifests, seed=seed, eval_seed=seed).seeds for seed in range(10)]
+    used = [{each[stage] for each in seeds} for stage in ("train", "val", "test")]
+    assert len(set.union(*used)) == 30
+
+
+def test_recordings_without_a_target_teach_nothing(manifests, tmp_path, caplog):
+    def recorded(scenario, **files):
+        names = {"mic": "train_0.wav", "farend": "train_1.wav"} | files
+        row = {f"{kind}_filepath": name for kind, name in names.items()} | {"duration": 1.0, "scenario": scenario}
+        write_manifest(tmp_path / "real.jsonl", [row])
+        return data_of(manifests | {"val_manifest": str(tmp_path / "real.jsonl")})
+
+    with pytest.raises(DataError, match=r"data\.val_manifest=.*real\.jsonl: no recording has a target"):
+        recorded("double_talk").setup("fit")
+    recorded("double_talk", clean="train_2.wav").setup("fit")
+    assert "mute output" not in caplog.text
+    recorded("far_end").setup("fit")
+    assert "a mute output is the best" in caplog.text
 
 
 def test_every_key_reaches_its_part(manifests, tmp_path):
@@ -200,6 +221,7 @@ def test_mixtures_of_talkers_are_refused(tmp_path):
         {"nonlinear_p": 2},
         {"t60_s": 0.3},
         {"delay_ms": [-5, 0]},
+        {"delay_ms": [0, 400], "segment_s": 0.4},
     ],
 )
 def test_bad_options_are_named(bad):

@@ -157,6 +157,14 @@ def test_responses_that_cannot_serve_are_named(make_rows, tmp_path):
         MeasuredRooms(rows, sample_rate=RATE).draw(np.random.default_rng(0))
 
 
+def test_a_silent_response_is_a_bad_file(tmp_path):
+    for name in "ab":
+        sf.write(tmp_path / f"{name}.wav", np.zeros(100), RATE)
+    rows = [{"audio_filepath": str(tmp_path / f"{name}.wav"), "duration": 100 / RATE, "room": 1} for name in "ab"]
+    with pytest.raises(AudioError, match=r"\.wav: is silent, no room response"):
+        MeasuredRooms(rows, sample_rate=RATE).draw(np.random.default_rng(0))
+
+
 def test_a_measured_direct_path_need_not_be_the_largest_tap():
     taps = np.zeros(1000, np.float32)
     taps[[300, 301, 302, 450]] = [0.2, 0.4, 0.1, -0.9]

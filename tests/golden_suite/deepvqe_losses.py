@@ -147,7 +147,7 @@ def _delay_nll(reference: Reference) -> Tensor:
     values = []
     for item, delay in zip(distribution, frames, strict=True):
         item = pad(item, (0, 0, int(delay), 0), value=1.0)[None]  # (1, delay + frames, D)
-        values.append(delay_nll(item, delay[None], torch.ones(item.shape[:2], dtype=torch.bool)))
+        values.append(delay_nll(item, delay[None], torch.ones(item.shape[:2], dtype=torch.bool))[0])
     return torch.cat(values).mean()
 
 

@@ -213,10 +213,10 @@ def test_delay_nll_of_certain_and_of_uniform_distributions():
     certain[..., 4] = 1
     active = torch.ones(1, 20, dtype=torch.bool)
     four, five = torch.tensor([4.0]), torch.tensor([5.0])
-    assert delay_nll(certain, four, active).item() == 0
-    assert delay_nll(certain, torch.tensor([4.5]), active).item() == pytest.approx(math.log(2))
-    assert delay_nll(certain, five, active).item() == pytest.approx(-math.log(1e-12))
-    assert delay_nll(torch.full((1, 20, 10), 0.1), five, active).item() == pytest.approx(math.log(10))
+    assert delay_nll(certain, four, active)[0].item() == 0
+    assert delay_nll(certain, torch.tensor([4.5]), active)[0].item() == pytest.approx(math.log(2))
+    assert delay_nll(certain, five, active)[0].item() == pytest.approx(-math.log(1e-12))
+    assert delay_nll(torch.full((1, 20, 10), 0.1), five, active)[0].item() == pytest.approx(math.log(10))
 
 
 def test_frames_that_cannot_know_the_delay_do_not_count():
@@ -224,7 +224,7 @@ def test_frames_that_cannot_know_the_delay_do_not_count():
     active = torch.zeros(1, 20, dtype=torch.bool)
     active[:, 5:10] = True
     logits = noise(1, 20, 10).requires_grad_()
-    value = delay_nll(logits.softmax(-1), torch.tensor([4.0]), active)
+    value = delay_nll(logits.softmax(-1), torch.tensor([4.0]), active)[0]
     value.sum().backward()
     counted = logits.grad.abs().sum(-1)[0] > 0
     assert counted.nonzero().flatten().tolist() == list(range(9, 14))
@@ -237,7 +237,7 @@ def test_delay_nll_without_an_answer_is_zero_without_gradient(case):
     active = torch.full((1, 6), case != "far end silent")
     delay = {"unknown": -1.0, "beyond": 9.5, "far end silent": 2.0, "echo after the end": 7.0}[case]
     logits = noise(1, 6, 10).requires_grad_()
-    value = delay_nll(logits.softmax(-1), torch.tensor([delay]), active)
+    value = delay_nll(logits.softmax(-1), torch.tensor([delay]), active)[0]
     value.sum().backward()
     assert value.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -249,7 +249,7 @@ def test_a_saturated_distribution_still_learns_its_delay():
     logits.requires_grad_()
     active = torch.ones(1, 6, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        delay_nll(logits.softmax(-1), torch.tensor([3.25]), active).sum().backward()
+        delay_nll(logits.softmax(-1), torch.tensor([3.25]), active)[0].sum().backward()
     assert logits.grad.isfinite().all()
     assert (logits.grad[0, 4:, 3] < -0.1).all() and (logits.grad[0, 4:, 0] > 0.1).all()
     assert logits.grad[0, 4:, 3].min() < logits.grad[0, 4:, 4].min() < 0  # the nearer one more
