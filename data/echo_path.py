@@ -113,10 +113,10 @@ class EchoPath:
         for name in ("delay_jump_p", "path_change_p", "gain_step_p"):
             number(name, getattr(self, name), least=0, most=1)
         check_range("delay_ms", self.delay_ms, least=0)
-        check_range("delay_jump_ms", self.delay_jump_ms)
+        check_range("delay_jump_ms", self.delay_jump_ms, least=-10_000, most=10_000)
         check_range("drift_ppm", self.drift_ppm, least=-1000, most=1000)
         check_range("path_change_fade_ms", self.path_change_fade_ms, least=0)
-        check_range("gain_step_db", self.gain_step_db)
+        check_range("gain_step_db", self.gain_step_db, least=-100, most=100)
 
     def largest_delay_ms(self, segment_s: float) -> float:
         """The longest delay that the device may have in a clip."""

@@ -86,11 +86,11 @@ class EchoMixing:
         for name in ("rir_p", "noise_p", "far_noise_p", "near_end_far_p", "far_dropout_p", "clip_p"):
             number(name, getattr(self, name), least=0, most=1)
         for name in ("snr_db", "far_snr_db", "ser_db"):
-            check_range(name, getattr(self, name))
+            check_range(name, getattr(self, name), least=-100, most=100)
         for name in ("level_db", "far_level_db"):
             check_range(name, getattr(self, name), least=-100, most=0)
-        for name in ("far_dropout_ms", "clip_db"):
-            check_range(name, getattr(self, name), least=0)
+        check_range("far_dropout_ms", self.far_dropout_ms, least=0)
+        check_range("clip_db", self.clip_db, least=0, most=100)
         if self.target_ms is not None:
             number("target_ms", self.target_ms, least=0)
 
@@ -278,7 +278,7 @@ def _rows_by_speaker(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Speaker -> numbers of its rows."""
     rows_of: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        where = row.get(LINE_KEY, row["audio_filepath"])
+        where = ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))
         if not row.get("speaker"):
             raise DataError(f"{where}: its manifest row has no speaker; near and far end must be different ones")
         rows_of.setdefault(row["speaker"], []).append(index)

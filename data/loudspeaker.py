@@ -98,7 +98,11 @@ class Loudspeaker:
         check_range("speaker_distortion", self.speaker_distortion, least=0, most=1)
         for name in ("speaker_highpass_hz", "speaker_lowpass_hz"):
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), least=1)
+                check_range(name, getattr(self, name), least=1, most=1e6)
+        if self.speaker_highpass_hz and self.speaker_lowpass_hz:
+            highest, lowest = self.speaker_highpass_hz[1], self.speaker_lowpass_hz[0]
+            if highest >= lowest:
+                raise ValueError(f"speaker_highpass_hz must end below speaker_lowpass_hz, got {highest} and {lowest}")
 
     def play(self, signal: np.ndarray, rng: np.random.Generator, *, sample_rate: int) -> np.ndarray:
         """What one loudspeaker, drawn from `rng`, makes of a signal; of the same RMS.

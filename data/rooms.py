@@ -281,8 +281,8 @@ class MeasuredRooms:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    """A row by its place in the manifest, or by its file."""
-    return str(row.get(LINE_KEY, row["audio_filepath"]))
+    """A row by its place in the manifest and its file."""
+    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))
 
 
 def _sort_by_kind(rows: Sequence[Mapping[str, Any]], members: list[int]) -> _MeasuredRoom:

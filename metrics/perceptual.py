@@ -9,6 +9,7 @@ the speech. Read these only beside the output level and a score that knows the t
 """
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 from torchaudio.functional import resample
-from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities.prints import rank_zero_only
+
+log = logging.getLogger(__name__)
 
 RATE_HZ = 16000
 _MIN_S = 0.25  # what PESQ asks for
@@ -79,17 +82,28 @@ def importable(names: Sequence[str]) -> tuple[str, ...]:
     Raises ValueError for a name that is none of SCORERS.
     """
     usable = []
-    for name in names:
-        if name not in SCORERS:
-            raise ValueError(f"no such score: {name!r}; there are {', '.join(SCORERS)}")
+    for name in checked_names(names):
         try:
             for module in SCORERS[name].imports:
                 importlib.import_module(module)
         except ImportError as error:
-            rank_zero_warn(f"{name} is left out ({error}). To have it: pip install {SCORERS[name].install}")
+            _warn(f"{name} is left out ({error}). To have it: pip install {SCORERS[name].install}")
         else:
             usable.append(name)
     return tuple(usable)
+
+
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of scorers. Raises ValueError for one that is none, and for what is no list."""
+    unknown = [name for name in names if name not in SCORERS] if isinstance(names, list | tuple) else [names]
+    if unknown:
+        raise ValueError(f"scores must be a list of {', '.join(SCORERS)}, got {unknown[0]!r}")
+    return tuple(names)
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    log.warning(message)
 
 
 def applies(name: str, scenario: str, *, has_target: bool) -> bool:
@@ -115,7 +129,7 @@ def _pesq(clip: Clip) -> dict[str, float]:
     """Wide-band PESQ, ITU-T P.862.2, MOS-LQO 1.04 to 4.64."""
     import pesq
 
-    _require_sound(clip)
+    _require_sound(clip, "target", "output")
     try:
         return {"pesq": float(pesq.pesq(RATE_HZ, clip.target, clip.output, "wb"))}
     except (pesq.PesqError, ValueError) as error:  # no utterance found; NaN inside, of a constant output
@@ -126,7 +140,7 @@ def _stoi(clip: Clip) -> dict[str, float]:
     """Short-time objective intelligibility (Taal et al. 2011), 0 to 1."""
     import pystoi
 
-    _require_sound(clip)
+    _require_sound(clip, "target", "output")
     with warnings.catch_warnings():
         # With too little speech it warns and returns 1e-5.
         warnings.simplefilter("error", RuntimeWarning)
@@ -142,6 +156,7 @@ def _aecmos(clip: Clip) -> dict[str, float]:
     """
     from speechmos import aecmos
 
+    _require_sound(clip, "mic")  # not the output: a mute answer to a recording has its score
     signals = {"lpb": clip.far, "mic": clip.mic, "enh": clip.output}
     signals = {name: signal[:_AECMOS_SAMPLES] for name, signal in signals.items()}
     found = aecmos.run(signals, RATE_HZ, _TALK_TYPES[clip.scenario])
@@ -152,13 +167,14 @@ def _dnsmos(clip: Clip) -> dict[str, float]:
     """DNSMOS P.835 (Reddy et al. 2022): quality of speech, background and overall, 1 to 5."""
     from speechmos import dnsmos
 
+    _require_sound(clip, "mic")
     found = dnsmos.run(clip.output, RATE_HZ)
     return {f"dnsmos_{name}": float(found[f"{name}_mos"]) for name in ("sig", "bak", "ovrl")}
 
 
-def _require_sound(clip: Clip) -> None:
-    """PESQ fails in its own ways on silence; STOI returns 0."""
-    for name in ("target", "output"):
+def _require_sound(clip: Clip, *names: str) -> None:
+    """PESQ fails in its own ways on silence; STOI returns 0, the networks a constant."""
+    for name in names:
         if np.std(getattr(clip, name)) < _SILENT_RMS:
             raise NoScore(f"the {name} is silent")
 

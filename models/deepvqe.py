@@ -23,6 +23,7 @@ from losses.echo import (
     neg_snr,
 )
 from metrics.echo import EchoMetrics
+from metrics.perceptual import checked_names
 from models.base import System
 from models.importers.deepvqe import arguments_of, convert
 from modules.chunking import split_chunks, stitch_sources
@@ -93,7 +94,16 @@ class DeepVQE(System):
         self.hop_samples = hop_samples
         self.align = _section("align", align, _ALIGN)
         self.loss_terms = _section("loss", loss, _LOSS)
-        self.scores = tuple(scores)
+        self.scores = checked_names(scores)
+        lists = {"mic_channels": mic_channels, "far_channels": far_channels, "decoder_channels": decoder_channels}
+        if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:
+            raise ValueError(f"{wrong[0]} must be a list of whole numbers, got {lists[wrong[0]]!r}")
+        switches = {"init_identity": init_identity, "mask_norm": mask_norm}
+        switches |= {f"align.{key}": self.align[key] for key in ("scale", "mask_start")}
+        if wrong := [name for name, value in switches.items() if not isinstance(value, bool)]:
+            raise ValueError(f"{wrong[0]} must be true or false, got {switches[wrong[0]]!r}")
+        if not far_channels and self.loss_terms["delay_weight"] > 0:
+            raise ValueError("loss.delay_weight needs far_channels: without a far end there is no delay to find")
         max_delay_frames = math.ceil(self.align["max_delay_ms"] * sample_rate / 1000 / hop_samples)
         self.reach_ms = 1000 * (max_delay_frames - 1) * hop_samples / sample_rate  # delays 0 … max_delay_frames - 1
         self.stft = STFT(n_fft=n_fft, hop_samples=hop_samples, window=window)
@@ -208,7 +218,9 @@ class DeepVQE(System):
 
     def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
         length = int(batch["length"][0])
-        signals = {"mic": batch["mic"], "far": batch["far"], "enhanced": output["enhanced"], "target": batch["target"]}
+        signals = {"mic": batch["mic"], "far": batch["far"], "enhanced": output["enhanced"]}
+        if batch["has_target"][0]:
+            signals["target"] = batch["target"]
         return {name: signal[0, :length] for name, signal in signals.items()}
 
     def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -273,10 +285,12 @@ class DeepVQE(System):
         for mic, far in signals.cpu():
             delay_s, _ = estimate_delay(mic, far, sample_rate=self.sample_rate, max_s=max(1.0, 2e-3 * self.reach_ms))
             if delay_s is not None and not 0 <= 1000 * delay_s <= self.reach_ms:
+                when = "after" if delay_s > 0 else "before"
                 log.warning(
-                    "the echo comes about %.0f ms after the far end, the network looks back %.0f ms"
-                    " (model.align.max_delay_ms): shift the far end by that much",
-                    1000 * delay_s,
+                    "the echo comes about %.0f ms %s the far end, the network looks for 0 to %.0f ms after it"
+                    " (model.align.max_delay_ms): shift the far end",
+                    abs(1000 * delay_s),
+                    when,
                     self.reach_ms,
                 )
                 return True

@@ -165,7 +165,7 @@ def test_measured_responses(manifests, tmp_path):
         other = data_of(manifests, **{f"{stage}_rir_manifest": str(tmp_path / "rir.jsonl")})
         assert other.dataset(stage).measured is not None and other.dataset("train").measured is None
     write_manifest(tmp_path / "rir.jsonl", rows[:1])
-    with pytest.raises(DataError, match=r"rir\.jsonl, line 1: room 7 has one response only"):
+    with pytest.raises(DataError, match=r"rir\.jsonl, line 1: .*rir0\.wav: room 7 has one response only"):
         data.dataset("train")
 
 
@@ -221,6 +221,11 @@ def test_mixtures_of_talkers_are_refused(tmp_path):
         {"nonlinear_p": 2},
         {"t60_s": 0.3},
         {"delay_ms": [-5, 0]},
+        {"gain_step_db": [900, 900]},
+        {"ser_db": [-200, 0]},
+        {"clip_db": [0, 200]},
+        {"noise_manifest": 5},
+        {"speaker_highpass_hz": [300, 500], "speaker_lowpass_hz": [400, 800]},
         {"delay_ms": [0, 400], "segment_s": 0.4},
     ],
 )

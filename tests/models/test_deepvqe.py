@@ -196,6 +196,13 @@ def test_ratios_leave_silent_targets_out_and_the_delay_paths_that_change() -> No
         torch.testing.assert_close(system.step(louder)[name], before[name])
 
 
+def test_figures_leave_an_unknown_target_out() -> None:
+    system, batch = build().eval(), make_batch()
+    assert set(system.figures(batch, system.step(batch))) == {"mic", "far", "enhanced", "target"}
+    batch["has_target"][0] = False
+    assert set(system.figures(batch, system.step(batch))) == {"mic", "far", "enhanced"}
+
+
 def test_validation_reports_each_scenario() -> None:
     system, batch = build().eval(), make_batch()
     metric = system.make_metric("val")
@@ -284,6 +291,12 @@ def test_predict_warns_of_a_delay_beyond_its_reach(
         ({"stft": "n480"}, "set model.sample_rate=24000"),
         ({"align": {"max_delay": 100}}, "model.align has no max_delay; it has hidden_channels, max_delay_ms"),
         ({"loss": {"delay": 1}}, "model.loss has no delay; it has compression"),
+        ({"scores": ["psq"]}, "scores must be a list of pesq, stoi, aecmos, dnsmos, got 'psq'"),
+        ({"scores": "pesq"}, "scores must be a list of pesq, stoi, aecmos, dnsmos, got 'pesq'"),
+        ({"mic_channels": 4}, "mic_channels must be a list of whole numbers, got 4"),
+        ({"init_identity": 3}, "init_identity must be true or false, got 3"),
+        ({"align": {"scale": "abc"}}, "align.scale must be true or false, got 'abc'"),
+        ({"far_channels": [], "loss": {"delay_weight": 1}}, "loss.delay_weight needs far_channels"),
         ({"loss": {"compression": 0}}, "model.loss.compression=0: give a number from 0.01 to 1"),
         ({"loss": {"snr_weight": None}}, "model.loss.snr_weight=None: give a number"),
         ({"align": {"max_delay_ms": float("nan")}}, "model.align.max_delay_ms=nan: give a number"),
