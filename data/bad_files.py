@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import Dataset, default_collate
 
+from data.checks import number, whole_number
 from data.errors import DataError, FileError
 from data.manifest import LINE_KEY, path_keys
 from data.sampler import ItemKey, item_key
@@ -37,12 +38,8 @@ class BadFiles:
     """
 
     def __init__(self, *, max_files: int = 10, max_fraction: float = 0.01) -> None:
-        if max_files < 0 or not 0 <= max_fraction <= 1:
-            raise ValueError(
-                f"max_bad_files {max_files} must be 0 or more, max_bad_fraction {max_fraction} from 0 to 1"
-            )
-        self.max_files = max_files
-        self.max_fraction = max_fraction
+        self.max_files = whole_number("max_bad_files", max_files, least=0)
+        self.max_fraction = number("max_bad_fraction", max_fraction, least=0, most=1)
         self.found: dict[str, str] = {}
         """Path -> what is wrong, with the manifest line."""
         self.num_processes = 1

@@ -93,7 +93,7 @@ class SystemData(pl.LightningDataModule):
         choose_loader_settings(**(loader or {}))  # bad values are refused here, not when training starts
         self.speech_dir = speech_dir
         self.batch_sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
-        self.seed = seed
+        self.seed = whole_number("seed", seed, least=0)
         self.loader = dict(loader or {})
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._bad_files = BadFiles(max_files=max_bad_files, max_fraction=max_bad_fraction)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.checks import whole_number
+
 _MAX_WORKERS = 8
 _GRACE_S = 30  # seconds that a worker lives on after SIGTERM; the grace period of SLURM and Kubernetes
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -66,24 +68,31 @@ def choose_loader_settings(
 
     Returns:
         Keyword arguments for `DataLoader`.
+
+    Raises:
+        ValueError: a value of the wrong kind; the message names its key.
     """
     if num_workers == "auto":
         own_cores = cores // processes
         num_workers = min(_MAX_WORKERS, own_cores - 1) if own_cores > 2 else int(accelerator != "cpu")
-    if isinstance(num_workers, str) or num_workers < 0:
-        raise ValueError(f"num_workers must be 0 or more, or auto, got {num_workers!r}")
+    elif isinstance(num_workers, str):
+        raise ValueError(f"loader.num_workers must be a whole number or auto, got {num_workers!r}")
+    num_workers = whole_number("loader.num_workers", num_workers, least=0)
+    prefetch_factor = whole_number("loader.prefetch_factor", prefetch_factor, least=1)
     if pin_memory == "auto":
         pin_memory = accelerator == "cuda"
-    if isinstance(pin_memory, str):
-        raise ValueError(f"pin_memory must be true, false or auto, got {pin_memory!r}")
+    if not isinstance(pin_memory, bool):
+        raise ValueError(f"loader.pin_memory must be true, false or auto, got {pin_memory!r}")
+    if not isinstance(persistent_workers, bool):
+        raise ValueError(f"loader.persistent_workers must be true or false, got {persistent_workers!r}")
+    methods = multiprocessing.get_all_start_methods()
+    if multiprocessing_context is not None and multiprocessing_context not in methods:
+        raise ValueError(
+            f"loader.multiprocessing_context must be one of {', '.join(methods)}, got {multiprocessing_context!r}"
+        )
     settings: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
     if num_workers == 0:
         return settings
-    methods = multiprocessing.get_all_start_methods()
-    if multiprocessing_context is not None and multiprocessing_context not in methods:
-        raise ValueError(f"multiprocessing_context must be one of {methods}, got {multiprocessing_context!r}")
-    if prefetch_factor < 1:
-        raise ValueError(f"prefetch_factor must be 1 or more, got {prefetch_factor}")
     return settings | {
         "prefetch_factor": prefetch_factor,
         "persistent_workers": persistent_workers,

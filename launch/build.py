@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger
 from callbacks import clock
 from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
+from data.checks import whole_number
 from launch import checkpoint, environment
 from launch.command_line import near_misses
 from launch.errors import ConfigError
@@ -30,6 +31,8 @@ from models.base import System
 from models.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
+
+_LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 class Run:
@@ -46,6 +49,7 @@ class Run:
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
         self.config = config = plain(cfg, typed_keys(self.overrides))
+        config["seed"] = _seed(config["seed"])
         self.resume = self._find_resume()
         if config["monitor"]["metric"] == "train_loss":
             log.info("there is no data to validate on: no validation, train_loss decides what is best")
@@ -158,6 +162,16 @@ class Run:
         """The monitored metric as last logged."""
         value = trainer.callback_metrics.get(self.config["monitor"]["metric"])
         return None if value is None else float(value)
+
+
+def _seed(value: Any) -> int:
+    try:
+        seed = whole_number("seed", value, least=0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if seed > _LARGEST_SEED:
+        raise ConfigError(f"seed must be at most {_LARGEST_SEED}, got {seed}")
+    return seed
 
 
 def _signal(trainer: pl.Trainer) -> int:

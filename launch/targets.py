@@ -7,6 +7,7 @@ dicts and lists.
 
 import difflib
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -56,7 +57,17 @@ class Blueprint:
         except (ValueError, TypeError) as error:
             if type(error) not in (ValueError, TypeError):
                 raise  # says more than we could: DataError, MisconfigurationException
-            raise ConfigError(f"{self.address}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(self._addressed(str(error).splitlines()[0])) from error
+
+    def _addressed(self, message: str) -> str:
+        """A constructor's message with its key as it is typed: `gru_hidden must be …` -> `model.gru_hidden must be …`."""
+        assert self.cls is not None
+        message = message.removeprefix(f"{self.cls.__name__}: ")
+        if message.startswith(f"{self.address}."):
+            return message
+        word = re.match(r"\w*", message)
+        argument = word is not None and word[0] in inspect.signature(self.cls).parameters
+        return f"{self.address}.{message}" if argument else f"{self.address}: {message}"
 
 
 def wrong_arguments(address: str, callable_: Any, arguments: dict[str, Any]) -> list[str]:

@@ -23,17 +23,40 @@ log = logging.getLogger(__name__)
 SCHEDULES = (None, "none", "halving", "plateau", "cosine")
 # Keys that belong to some optimisers only: without effect, not wrong, when another one is chosen.
 _FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
+# How a step is computed, which depends on where the parameters are.
+_IMPLEMENTATION_KEYS = {"fused", "foreach", "capturable"}
+_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 
 
 def check_optim(optim: dict[str, Any]) -> None:
     """Raises ValueError for what `build_optimizer` or `build_schedule` would refuse, before there are parameters."""
-    _factory_and_options(optim)
+    factory, options = _factory_and_options(optim)
+    for key in _NOT_NEGATIVE:
+        if key in options and not (_is_number(options[key]) and options[key] >= 0):
+            raise ValueError(f"model.optim.{key} must be a number of at least 0, got {options[key]!r}")
+    betas = options.get("betas", (0.0, 0.0))
+    pair = isinstance(betas, list | tuple) and len(betas) == 2
+    if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"model.optim.betas must be two numbers from 0 to below 1, got {betas!r}")
+    try:  # what only the class itself knows, on a parameter that nobody needs
+        factory(
+            [nn.Parameter(torch.zeros(1))],
+            **{key: value for key, value in options.items() if key not in _IMPLEMENTATION_KEYS},
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.optim: {factory.__name__} refuses its values ({error})") from error
     sched = optim.get("sched") or {}
     known = set(inspect.signature(build_schedule).parameters) - {"optimizer", "total_steps"}
     if wrong := sorted(set(sched) - known):
         raise ValueError(f"model.optim.sched has no {', '.join(wrong)}; it has {', '.join(sorted(known))}")
     if sched.get("name") not in SCHEDULES:
         raise ValueError(_no_such_schedule(sched.get("name")))
+    for key, (least, most) in _SCHED_LIMITS.items():
+        if key in sched and not (_is_number(sched[key]) and least <= sched[key] <= most):
+            limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+            raise ValueError(f"model.optim.sched.{key} must be a number {limits}, got {sched[key]!r}")
+    if sched.get("name") == "cosine" and options.get("lr") == 0:
+        raise ValueError("model.optim.lr=0 has no cosine schedule; give it a value, or model.optim.sched.name=none")
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -> Optimizer:
@@ -45,6 +68,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -
     """
     factory, options = _factory_and_options(optim)
     return factory(parameters, **options)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _factory_and_options(optim: dict[str, Any]) -> tuple[Callable[..., Optimizer], dict[str, Any]]:

@@ -6,23 +6,26 @@ import pytest
 import torch
 
 from models.checkpoint import read_checkpoint
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_ECHO
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
 ]
-GPU = [argument for argument in TINY if not argument.startswith("trainer.accelerator")]
+TINY_OF = {"conv_tasnet": TINY, "deepvqe": [*TINY_ECHO, "model.loss.snr_weight=0.02", "model.loss.delay_weight=0.02"]}
 
 
+@pytest.mark.parametrize("system", TINY_OF)
 @pytest.mark.parametrize("precision", ["null", "16-mixed"])
-def test_trains_and_resumes(script, manifests: list[str], in_tmp: Path, precision: str) -> None:
-    base = ["model=conv_tasnet", "debug=fast", *GPU, *manifests, f"trainer.precision={precision}", "trainer.devices=1"]
+def test_trains_and_resumes(script, manifests: list[str], in_tmp: Path, precision: str, system: str) -> None:
+    tiny = [argument for argument in TINY_OF[system] if not argument.startswith("trainer.accelerator")]
+    options = [f"model={system}", "debug=fast", f"trainer.precision={precision}", "trainer.devices=1"]
+    base = [*options, *tiny, *manifests]
     done = script("train", [*base, "exp_manager.version=x"])
     assert done.code == 0, done.text
     done = script("train", [*base, "exp_manager.resume_if_exists=true", "trainer.max_steps=6"])
     assert done.code == 0, done.text
-    content = read_checkpoint("runs/conv_tasnet/x/checkpoints/last.ckpt")
+    content = read_checkpoint(f"runs/{system}/x/checkpoints/last.ckpt")
     assert content["global_step"] == 6
     machine = content["plan"]["machine"]
     expected = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

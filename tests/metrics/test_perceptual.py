@@ -190,6 +190,6 @@ def test_importable_keeps_the_order(speechmos):
 
 @pytest.mark.parametrize("name", ["aecmos", "dnsmos"])
 def test_a_silent_microphone_is_nothing_to_listen_to(name):
-    silence = np.zeros(RATE_HZ, np.float32)
+    silence = np.zeros(16000, np.float32)
     with pytest.raises(NoScore, match="the mic is silent"):
         score(name, Clip(silence, silence, silence, None, "double_talk"))

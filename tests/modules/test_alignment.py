@@ -120,6 +120,27 @@ def test_no_tensor_over_delays_and_bins(num_frames, num_delays):
     assert num_frames < 300 or 2.5 * max(features, scores) < batch * hidden * num_frames**2
 
 
+def peak_bytes(function, *inputs: torch.Tensor) -> int:
+    """The most that forward and backward hold at once beside inputs and weights, by the allocator's own records."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        aligned, distribution = function(*inputs)
+        (aligned.sum() + distribution.square().sum()).backward()
+    held = highest = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+def test_peak_memory_is_a_fraction_of_the_literal_form():
+    module = SoftAlignment(mic_channels=32, far_channels=32, hidden_channels=8, max_delay_frames=50)
+    inputs = [torch.randn(1, 32, 200, 21, requires_grad=True) for _ in range(2)]
+    literal = peak_bytes(lambda mic, far: literal_alignment(module, mic, far), *inputs)
+    assert literal > 4 * 32 * 50 * 200 * 21  # bytes of one tensor over channels, delays, frames and bins
+    assert peak_bytes(module, *inputs) < literal / 4
+
+
 @pytest.mark.parametrize("delay", [0, 1, 5, 8, 9])
 @pytest.mark.parametrize("num_frames", [60, 64])
 def test_a_delay_is_found(delay, num_frames):
