@@ -48,6 +48,7 @@ class ExactResume(pl.Callback):
     def __init__(self) -> None:
         self._place: str | None = None  # None: no hook was called yet
         self._resumed: dict[str, Any] | None = None
+        self._restored: list[str] = []  # metrics of the validation before the checkpoint
 
     # Where are we
 
@@ -56,7 +57,7 @@ class ExactResume(pl.Callback):
         # iterating over the old one.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
         if stage == "fit":
-            self._place, self._resumed = None, None
+            self._place, self._resumed, self._restored = None, None, []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._place = _EPOCH_START
@@ -69,6 +70,9 @@ class ExactResume(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._place = _VALIDATION
+            for name in self._restored:  # one that this validation has no value for is gone, not as it was
+                trainer.callback_metrics.pop(name, None)
+            self._restored = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -128,6 +132,7 @@ class ExactResume(pl.Callback):
         if (state := self._resumed) is not None:
             step = state["step"]
             trainer.callback_metrics.update(state["metrics"])
+            self._restored = [name for name in state["metrics"] if name.startswith("val_")]
             if state["place"] == _ENDED and state["should_stop"] and _stopped_early(trainer):
                 trainer.should_stop = True
                 log.info("early stopping ended this run; callbacks.early_stopping=null or a higher patience trains on")

@@ -85,3 +85,21 @@ def _to_int16(samples: Tensor) -> tuple[Tensor, float]:
     peak = float(samples.abs().max())
     scale = 1 / _FULL_SCALE if peak <= 1 else peak / (_FULL_SCALE - 1)
     return (samples / scale).round().clamp(-_FULL_SCALE, _FULL_SCALE - 1).to(torch.int16), scale
+
+
+def talk_and_noise(
+    rows: Sequence[Mapping[str, Any]],
+    noise_rows: Sequence[Mapping[str, Any]] | None,
+    *,
+    sample_rate: int,
+    cache: bool | str,
+    cache_limit_mb: float,
+) -> tuple[RowReader, RowReader | None]:
+    """Readers of the recordings that a dataset is made from; None where there is no noise.
+
+    *cache*: true, false, or "auto": when all of them together take no more than *cache_limit_mb*.
+    """
+    if cache == "auto":
+        cache = cached_mb([*rows, *(noise_rows or ())], sample_rate=sample_rate) <= cache_limit_mb
+    talkers = RowReader(rows, sample_rate=sample_rate, cache=bool(cache))
+    return talkers, RowReader(noise_rows, sample_rate=sample_rate, cache=bool(cache)) if noise_rows else None

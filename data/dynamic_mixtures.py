@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.augment import change_speed, draw_gains_db, speed_ratios
-from data.cache import RowReader, cached_mb
+from data.cache import talk_and_noise
 from data.crops import random_crop, speech_crop
 from data.epochs import Setting, at_epoch
 from data.errors import DataError
@@ -147,10 +147,9 @@ class MixtureDataset(Dataset):
         self.noise_p = noise_p
         self._speakers = sorted(rows_of)
         self._rows_of = [rows_of[speaker] for speaker in self._speakers]
-        if cache == "auto":
-            cache = cached_mb([*rows, *(noise_rows or ())], sample_rate=sample_rate) <= cache_limit_mb
-        self._talkers = RowReader(rows, sample_rate=sample_rate, cache=bool(cache))
-        self._noises = RowReader(noise_rows, sample_rate=sample_rate, cache=bool(cache)) if noise_rows else None
+        self._talkers, self._noises = talk_and_noise(
+            rows, noise_rows, sample_rate=sample_rate, cache=cache, cache_limit_mb=cache_limit_mb
+        )
 
     def __len__(self) -> int:
         return self.num_items

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.cache import RowReader, cached_mb
+from data.cache import talk_and_noise
 from data.checks import number
 from data.crops import random_crop, speech_crop
 from data.echo_levels import gain_for_ratio_db, gain_to_level, level_ratio_db
@@ -153,10 +153,9 @@ class EchoDataset(Dataset):
         self._scenario_p = scenario_probabilities(mixing.scenario_weights)
         self._speakers = sorted(rows_of)
         self._rows_of = [rows_of[speaker] for speaker in self._speakers]
-        if cache == "auto":
-            cache = cached_mb([*rows, *(noise_rows or ())], sample_rate=sample_rate) <= cache_limit_mb
-        self._talkers = RowReader(rows, sample_rate=sample_rate, cache=bool(cache))
-        self._noises = RowReader(noise_rows, sample_rate=sample_rate, cache=bool(cache)) if noise_rows else None
+        self._talkers, self._noises = talk_and_noise(
+            rows, noise_rows, sample_rate=sample_rate, cache=cache, cache_limit_mb=cache_limit_mb
+        )
 
     def __len__(self) -> int:
         return self.num_items

@@ -19,6 +19,11 @@ from models.checkpoint import CheckpointError, checked, find_class, read_checkpo
 
 log = logging.getLogger(__name__)
 
+# Keys of a system, or what they begin with, that have no say in the shapes of its weights, ...
+_NO_SHAPE = ("optim.", "loss.", "scores")
+# ... nor in what its weights mean.
+_NO_MEANING = (*_NO_SHAPE, "level_db", "init_identity")
+
 
 class RunCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint file, with the run's record in it, written atomically.
@@ -89,15 +94,20 @@ def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str,
         raise CheckpointError(f"{path}: holds no configuration, so it was not written by train.py")
     if script not in ("evaluate", "predict"):
         return {}
-    try:
-        system = find_class(content["system"]["name"], System, packages)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    system = system_class(content, path, packages)
     if script == "evaluate":
         arguments = content["system"]["arguments"]
         chosen = {key: arguments[key] for key in system.chosen_in_evaluation if key in arguments}
         return {"data": config["data"], "model": chosen}
     return {**(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
+
+
+def system_class(content: dict[str, Any], path: Path, packages: list[str]) -> type[System]:
+    """The class of the system in a checkpoint's content. Raises CheckpointError when there is none to be had."""
+    try:
+        return find_class(content["system"]["name"], System, packages)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def newest_readable(folder: Path) -> Path | None:
@@ -117,7 +127,7 @@ def newest_readable(folder: Path) -> Path | None:
 
 
 def start_from_weights(system: System, path: str, include: list[str] | None, exclude: list[str]) -> None:
-    """Weights only, by name and shape, with a report of what did not match.
+    """Weights only, by name and shape, with a report of what did not match and of what they were trained for.
 
     The file is a checkpoint of ours, or weights of another implementation that the system can import.
     """
@@ -135,6 +145,25 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
         if names := report[kind]:
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             log.info("  %s: %s%s", kind, ", ".join(names[:10]), more)
+    for line in _other_meaning(content, system) if own else ():
+        log.warning("init_from: %s", line)
+
+
+def _other_meaning(content: dict[str, Any], system: System) -> list[str]:
+    """A line for each argument that the weights of a checkpoint were trained with and that is another one here."""
+    described = content.get("system")
+    if not isinstance(described, dict) or described.get("name") != system.name():
+        return []
+    old, new = _flat(described.get("arguments") or {}), _flat(dict(system.hparams))
+    return [
+        f"trained with model.{key}={old[key]}; here it is {new[key]}"
+        for key in sorted(old.keys() & new.keys())
+        if _plain(old[key]) != _plain(new[key]) and not key.startswith(_NO_MEANING)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +210,7 @@ def shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
 def refuse_other_network(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> NoReturn:
     """Raises ConfigError that names the model keys by which a checkpoint's configuration *saved* differs."""
     old, new = _flat(saved.get("model", {})), _flat(config["model"])
-    keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+    keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key] and not key.startswith(_NO_SHAPE))
     named = ", ".join(f"model.{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
     raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")
 

@@ -33,7 +33,11 @@ def run(cfg: DictConfig) -> None:
     config = plain(cfg, typed_keys(list(HydraConfig.get().overrides.task)))
     path = checkpoint.locate(config["ckpt_path"])
     content = read_checkpoint(path)
-    content["system"]["arguments"] |= config["model"]
+    chosen = config.get("model") or {}
+    allowed = checkpoint.system_class(content, path, config["packages"]).chosen_in_evaluation
+    if wrong := [f"model.{key}: belongs to the checkpoint" for key in chosen if key not in allowed]:
+        raise ConfigError("\n".join(wrong))
+    content["system"]["arguments"] |= chosen
     system = build_system(content, path, config["packages"])
     section = resolve_hardware(config["trainer"])
     data = Blueprint("data", config["data"], SystemData, config["packages"])

@@ -56,7 +56,9 @@ def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | Non
     if (directory / "listen").is_dir():
         log.info("listen           %s", _relative(directory / "listen"))
     log.info("look             tensorboard --logdir %s", _relative(directory))
-    log.info("next             python predict.py ckpt_path=%s input=<files> output=<folder>", shown)
+    system = trainer.lightning_module
+    further = "".join(f" {name}=<files>" for name in list(getattr(system, "inputs", {}))[1:])
+    log.info("next             python predict.py ckpt_path=%s input=<files>%s output=<folder>", shown, further)
 
 
 def _relative(path: Path) -> Path:

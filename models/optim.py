@@ -25,14 +25,16 @@ SCHEDULES = (None, "none", "halving", "plateau", "cosine")
 _FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
 # How a step is computed, which depends on where the parameters are.
 _IMPLEMENTATION_KEYS = {"fused", "foreach", "capturable"}
+_SCHED_LIMITS = {"factor": (0, 0.999), "patience": (0, math.inf), "min_lr": (0, math.inf), "warmup_steps": (0, math.inf)}
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 
 
 def check_optim(optim: dict[str, Any]) -> None:
     """Raises ValueError for what `build_optimizer` or `build_schedule` would refuse, before there are parameters."""
     factory, options = _factory_and_options(optim)
-    for key in _NOT_NEGATIVE:
-        if key in options and not (_is_number(options[key]) and options[key] >= 0):
+    defaults = {name: parameter.default for name, parameter in inspect.signature(factory).parameters.items()}
+    for key in (key for key in _NOT_NEGATIVE if key in options and _is_number(defaults[key])):
+        if not (_is_number(options[key]) and options[key] >= 0):
             raise ValueError(f"model.optim.{key} must be a number of at least 0, got {options[key]!r}")
     betas = options.get("betas", (0.0, 0.0))
     pair = isinstance(betas, list | tuple) and len(betas) == 2
