@@ -152,7 +152,8 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
 def _other_meaning(content: dict[str, Any], system: System) -> list[str]:
     """A line for each argument that the weights of a checkpoint were trained with and that is another one here."""
     described = content.get("system")
-    if not isinstance(described, dict) or described.get("name") != system.name():
+    own_name = f"{type(system).__module__}.{type(system).__qualname__}"
+    if not isinstance(described, dict) or described.get("name") != own_name:
         return []
     old, new = _flat(described.get("arguments") or {}), _flat(dict(system.hparams))
     return [

@@ -2,9 +2,12 @@
 
 Files are paired by name, endings that say which signal a file holds taken off: x_mic.wav belongs to x_lpb.wav. Where
 several folders hold a file of the same name, the place below the folder counts too: a/x.wav belongs to a/x.wav. Both
-signals may lie in one folder. A manifest of echo recordings names both.
+signals may lie in one folder, and so may the results of an earlier run. A manifest of echo recordings names both.
 """
 
+import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +15,8 @@ from data.errors import ManifestError
 from data.manifest import LINE_KEY, is_echo, read_manifest
 from launch.errors import ConfigError
 from launch.inputs import Input, common_folder, is_manifest, list_inputs, of_row, output_names
+
+log = logging.getLogger(__name__)
 
 Signals = dict[str, Input | None]
 """By name; None is silence."""
@@ -23,11 +28,12 @@ _ROW_KEYS = {"mic": "mic_filepath", "far": "farend_filepath"}
 _MAX_SHOWN = 10
 
 
-def pair_inputs(kinds: dict[str, str], config: dict[str, Any]) -> dict[str, Signals]:
+def pair_inputs(kinds: dict[str, str], config: dict[str, Any], *, outputs: Iterable[str]) -> dict[str, Signals]:
     """Output name -> the signals of one prediction.
 
     *kinds*: the signals that a system takes, name -> `audio`, `image` or `array`. The first is typed as `input`, the
-    others by name; `none` is silence for an audio signal.
+    others by name; `none` is silence for an audio signal. *outputs*: names of the system's results; those that an
+    earlier run has written into a folder of inputs are left out.
 
     Raises ConfigError naming what is missing: no files, a signal that is not given, or a file without its partner;
     ManifestError for a manifest that cannot be used.
@@ -43,6 +49,12 @@ def pair_inputs(kinds: dict[str, str], config: dict[str, Any]) -> dict[str, Sign
         raise ConfigError(f"set {', '.join(f'{name}=…' for name in missing)}: the system needs it{hint}")
     heard = [name for name in kinds if name == first or kinds[name] != "audio" or given[name] != _SILENCE]
     found = {name: list_inputs(str(given[name]), kinds[name], output, row_key=_ROW_KEYS.get(name)) for name in heard}
+    results: dict[Path, None] = {}
+    for name in (name for name in heard if Path(str(given[name])).is_dir()):
+        results |= dict.fromkeys(_results_among(found[name], kinds, outputs))
+        found[name] = [file for file in found[name] if file.path not in results]
+    if results:
+        log.info("%d files are left out as results of an earlier run, such as %s", len(results), next(iter(results)))
     if not others:  # its only signal keeps its whole name
         return {name: {first: file} for name, file in zip(output_names(found[first]), found[first], strict=True)}
     if len(heard) == 1:
@@ -53,6 +65,15 @@ def pair_inputs(kinds: dict[str, str], config: dict[str, Any]) -> dict[str, Sign
         pairs = _by_name(found, {name: str(given[name]) for name in heard}, list(kinds))
     called = output_names([pair[first]._replace(name=_output_name(pair[first], first)) for pair in pairs])
     return {name: dict.fromkeys(kinds) | pair for name, pair in zip(called, pairs, strict=True)}
+
+
+def _results_among(files: list[Input], signals: Iterable[str], outputs: Iterable[str]) -> list[Path]:
+    """x_enhanced.wav or x_source1.wav, where there is an x.wav, or an x_mic.wav or x_lpb.wav."""
+    kinds = "|".join(f"{re.escape(name)}|{re.escape(name.removesuffix('s'))}\\d+" for name in outputs)
+    result = re.compile(rf"(.+)_(?:{kinds})")
+    sources = {_without_ending(file.path.stem, signal) for file in files for signal in signals}
+    sources |= {name for file in files for name in (file.path.stem, f"{file.path.stem}_{file.path.suffix[1:]}")}
+    return [i.path for i in files if (match := result.fullmatch(i.path.stem)) and match[1] in sources]
 
 
 def _by_name(found: dict[str, list[Input]], given: dict[str, str], names: list[str]) -> list[dict[str, Input]]:

@@ -1,7 +1,10 @@
 """A checkpoint and files -> files. Reading and writing are here; what happens to a signal is `System.predict`."""
 
+import contextlib
+import inspect
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +42,15 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError(f"output={output}: is a file, the name of a folder is needed")
     own = {"ckpt_path", "input", "output", "device", "packages", *system.inputs}
     options = {name: value for name, value in config.items() if name not in own}
-    jobs = pair_inputs(system.inputs, config)
+    check_options(system, options)
+    jobs = pair_inputs(system.inputs, config, outputs=system.outputs)
     files = {name: [source.path for source in signals.values() if source] for name, signals in jobs.items()}
     keep = {file.resolve() for several in files.values() for file in several}
     problems, num_averaged = [], 0
     for name, signals in jobs.items():
         try:
-            written = predict_one(system, signals, output / name, options, keep=keep)
+            with _warnings_named(files[name][0]):
+                written = predict_one(system, signals, output / name, options, keep=keep)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -56,6 +61,49 @@ def run(cfg: DictConfig) -> None:
     log.info("%d of %d done", len(jobs) - len(problems), len(jobs))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_options(system: System, options: dict[str, Any]) -> None:
+    """Raises ConfigError naming each option that `System.predict` does not have, or that is no number and has to be.
+
+    Those are numbers whose default is one, or null, which then is taken too.
+    """
+    parameters = inspect.signature(system.predict).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = {name: p.default for name, p in parameters.items() if name not in (*system.inputs, "sample_rate")}
+    problems = []
+    for name, value in options.items():
+        if name not in known:
+            problems.append(f"{name}: {type(system).__name__} has no such option; it has {', '.join(known) or 'none'}")
+        elif _is_number(known[name]) and not _is_number(value):
+            problems.append(f"{name} must be a number, got {value!r}")
+        elif known[name] is None and value is not None and not _is_number(value):
+            problems.append(f"{name} must be a number or null, got {value!r}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def _warnings_named(file: Path) -> Iterator[None]:
+    """Warnings that are logged meanwhile begin with the file that they are about."""
+    make = logging.getLogRecordFactory()
+
+    def named(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if record.levelno >= logging.WARNING:
+            record.msg, record.args = f"{file}: {record.getMessage()}", None
+        return record
+
+    logging.setLogRecordFactory(named)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
 
 
 def predict_one(

@@ -60,7 +60,7 @@ class Blueprint:
             raise ConfigError(self._addressed(str(error).splitlines()[0])) from error
 
     def _addressed(self, message: str) -> str:
-        """A constructor's message with its key as it is typed: `gru_hidden must be …` -> `model.gru_hidden must be …`."""
+        """A constructor's message with its key as it is typed: `norm must be …` -> `model.norm must be …`."""
         assert self.cls is not None
         message = message.removeprefix(f"{self.cls.__name__}: ")
         if message.startswith(f"{self.address}."):

@@ -15,6 +15,7 @@ Keys of format 1 beside Lightning's own (`state_dict`, `optimizer_states`, `loop
 import importlib
 import inspect
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from models.base import System
 Kind = TypeVar("Kind")
 OWN_PACKAGES = ("models", "data", "callbacks")
 LIBRARY_PACKAGES = ("pytorch_lightning.callbacks", "pytorch_lightning.loggers")
+_LFS_HEAD = b"version https://git-lfs"
 
 
 class CheckpointError(ValueError):
@@ -69,6 +71,8 @@ def read_plain(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
+    if reason := _other_kind(path):
+        raise CheckpointError(f"{path}: {reason}")
     try:
         with torch.serialization.safe_globals([TorchVersion]):  # a str, in files of other frameworks
             content = torch.load(path, map_location=map_location, weights_only=True)
@@ -79,6 +83,23 @@ def read_plain(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint or a state dict")
     return content
+
+
+def _other_kind(path: Path) -> str | None:
+    """What to do about a file that torch cannot read, by its first bytes; None for all others."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LFS_HEAD))
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+    if head == _LFS_HEAD:
+        return "is a Git-LFS pointer; run `git lfs pull` where it came from"
+    if path.suffix == ".safetensors" or head[8:10] == b'{"':  # after the length of its header, JSON
+        return (
+            "is a safetensors file; convert it:"
+            " torch.save(safetensors.torch.load_file(<file>), <file>.pth), then name that one"
+        )
+    return None
 
 
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
@@ -102,10 +123,11 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _cause(error: Exception) -> str:
-    """The telling line of torch's long messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Unsupported" in line or "WeightsUnpickler error" in line]
-    return (telling or lines or [type(error).__name__])[0][:200]
+    """The telling line of torch's long messages, without its advice to ask for support or to trust the file."""
+    lines = [re.sub(r"^Please file an issue.*WeightsUnpickler error:", "", line) for line in str(error).splitlines()]
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith("Weights only load failed")]
+    telling = [line for line in lines if "unsupported" in line.lower()]
+    return (telling or lines or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[str] = ()) -> System:

@@ -25,7 +25,12 @@ SCHEDULES = (None, "none", "halving", "plateau", "cosine")
 _FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
 # How a step is computed, which depends on where the parameters are.
 _IMPLEMENTATION_KEYS = {"fused", "foreach", "capturable"}
-_SCHED_LIMITS = {"factor": (0, 0.999), "patience": (0, math.inf), "min_lr": (0, math.inf), "warmup_steps": (0, math.inf)}
+_SCHED_LIMITS = {
+    "factor": (0, 0.999),
+    "patience": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+}
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 
 

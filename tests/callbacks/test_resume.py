@@ -158,6 +158,30 @@ def test_metrics_of_the_checkpoint_are_known_again(tmp_path: Path, tiny: Any) ->
     assert seen["val_loss"] == float(trainer.callback_metrics["val_loss"])
 
 
+def test_scores_that_a_later_validation_lacks_are_not_kept(tmp_path: Path, tiny: Any) -> None:
+    """The validation set of the resumed run has no far-end talk in it."""
+
+    class Scenarios(tiny.Tiny):
+        def on_validation_epoch_end(self) -> None:
+            if self.trainer.max_epochs == 2:
+                self.log("val_far_end", torch.tensor(1.0))
+
+    known: list[set[str]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            known.append({name for name in trainer.callback_metrics if name.startswith("val_")})
+
+    trainer = tiny.make_trainer(tmp_path, [ExactResume()])
+    trainer.fit(Scenarios(), datamodule=tiny.Data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = tiny.make_trainer(tmp_path, [ExactResume(), Look()], max_epochs=4)
+    resumed.fit(Scenarios(), datamodule=tiny.Data(), ckpt_path=tmp_path / "x.ckpt")
+    before, after = known[:3], known[3:]
+    assert all(names == {"val_loss", "val_far_end"} for names in before), "for schedules and early stopping"
+    assert after and all(names == {"val_loss"} for names in after)
+
+
 def test_metrics_table_forgets_what_came_after_the_checkpoint(tmp_path: Path, tiny: Any) -> None:
     everywhere = SaveEverywhere(tmp_path)
     trainer = tiny.make_trainer(tmp_path, [ExactResume(), everywhere], logger=MetricsCsv(directory=tmp_path))

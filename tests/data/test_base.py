@@ -292,6 +292,9 @@ def test_too_little_data_for_a_batch():
         ({"loader": {"num_workers": -2}}, "num_workers"),
         ({"max_bad_files": -1}, "max_bad_files"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction"),
+        *(({"seed": value}, "^seed must be a whole number") for value in ("abc", None, 1.5, -3, True)),
+        *(({"max_bad_files": value}, "^max_bad_files must be a whole number") for value in ("abc", None, 1.5, True)),
+        *(({"max_bad_fraction": value}, "^max_bad_fraction must be a number") for value in ("abc", None, True)),
     ],
 )
 def test_bad_options_are_named(bad, says):

@@ -62,10 +62,14 @@ def test_what_is_given_is_kept():
         {"pin_memory": "yes"},
         {"num_workers": 1, "prefetch_factor": 0},
         {"num_workers": 1, "multiprocessing_context": "thread"},
+        *({"num_workers": value} for value in (1.5, None, True)),
+        *({"prefetch_factor": value} for value in ("abc", 1.5, None)),  # also where no worker would read it
+        {"pin_memory": 1.5},
+        {"persistent_workers": "abc"},
     ],
 )
 def test_bad_values_are_refused_by_name(bad):
-    with pytest.raises(ValueError, match=list(bad)[-1]):
+    with pytest.raises(ValueError, match=rf"^loader\.{list(bad)[-1]} must be"):
         choose_loader_settings(**bad)
 
 

@@ -78,6 +78,8 @@ def test_a_manifest_that_is_none(tmp_path):
     for name, says in (("missing.jsonl", "no such manifest"), ("", "is a folder"), ("empty.jsonl", "is empty")):
         with pytest.raises(ManifestError, match=says):
             read_manifest(tmp_path / name)
+    with pytest.raises(ManifestError, match="no such manifest; make it with: python -m data.prepare demo --output"):
+        read_manifest(tmp_path / "demo_data" / "train.jsonl")
 
 
 def test_rows_of_fixed_mixtures(tmp_path):

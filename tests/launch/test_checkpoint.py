@@ -9,10 +9,17 @@ import pytest
 import torch
 import torchaudio
 
-from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers, start_from_weights, to_continue
+from launch.checkpoint import (
+    RunCheckpointIO,
+    newest_readable,
+    refuse_other_network,
+    remove_leftovers,
+    start_from_weights,
+    to_continue,
+)
 from launch.errors import ConfigError
 from models import load
-from models.checkpoint import CheckpointError, read_checkpoint
+from models.checkpoint import CheckpointError, read_checkpoint, read_plain
 from models.conv_tasnet import ConvTasNet
 from tests.conftest import TINY
 
@@ -216,3 +223,41 @@ def test_a_run_directory_continues_from_its_last_checkpoint(trained: Path) -> No
     assert to_continue(trained / "x.ckpt") == trained / "x.ckpt"
     with pytest.raises(CheckpointError, match="a directory without a checkpoint in it that can be read"):
         to_continue(trained / "checkpoints")
+
+
+def test_files_of_other_kinds_say_what_to_do(tmp_path: Path) -> None:
+    contents = {
+        "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git-LFS pointer; run `git lfs pull`"),
+        "renamed.pth": (b"\x28" + bytes(7) + b'{"w":{"dtype":"F32"}}', "is a safetensors file; convert it"),
+        "x.safetensors": (b"", "is a safetensors file; convert it"),
+        "text.pth": (b"no weights at all", "refused, it holds more than plain data (Unsupported operand 110)"),
+    }
+    for name, (content, expected) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError) as raised:
+            read_plain(tmp_path / name)
+        line = str(raised.value)
+        assert line.startswith(f"{tmp_path / name}: {expected}") and "\n" not in line
+        assert "Please file an issue" not in line
+
+
+def test_only_what_shapes_a_network_is_named(tmp_path: Path) -> None:
+    old = {"gru_hidden": 8, "loss": {"delay_weight": 0}, "optim": {"lr": 1}, "scores": []}
+    new = {"gru_hidden": 9, "loss": {"delay_weight": 1}, "optim": {"lr": 2}, "scores": ["pesq"]}
+    with pytest.raises(ConfigError) as raised:
+        refuse_other_network(tmp_path, {"model": old}, {"model": new})
+    assert str(raised.value).endswith(
+        "of another shape: model.gru_hidden=9 (checkpoint: 8); init_from= takes what fits"
+    )
+
+
+def test_weights_that_were_trained_for_something_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = {"num_filters": 8, "bottleneck_channels": 4, "hidden_channels": 8, "num_blocks": 1, "num_repeats": 1}
+    trained = ConvTasNet(**small, mask="sigmoid", level_db=None, optim={"lr": 1.0})
+    content: dict = {"state_dict": trained.state_dict()}
+    trained.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "x.ckpt")
+    for mask, expected in (("relu", ["init_from: trained with model.mask=sigmoid; here it is relu"]), ("sigmoid", [])):
+        caplog.clear()
+        start_from_weights(ConvTasNet(**small, mask=mask), str(tmp_path / "x.ckpt"), None, [])
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == expected

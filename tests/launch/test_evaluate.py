@@ -58,6 +58,7 @@ def test_a_run_on_a_folder_without_validation(script, in_tmp: Path, corpus: Path
     ("typed", "expected"),
     [
         ("data.sample_rate=16000", "data.sample_rate=16000 differs from the system's 8000: set model.sample_rate"),
+        ("+model.mask=sigmoid", "error: model.mask: belongs to the checkpoint"),
         ("data.test_mixtures=0", "data.test_mixtures=0: set data.test_manifest=…"),
     ],
 )

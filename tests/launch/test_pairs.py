@@ -25,7 +25,7 @@ def pairs(input: str, far: str | None, output: str = "out") -> dict[str, tuple[s
     def name(path: Path) -> str:
         return (path.relative_to(here) if path.is_absolute() else path).as_posix()
 
-    jobs = pair_inputs(KINDS, {"input": input, "far": far, "output": output})
+    jobs = pair_inputs(KINDS, {"input": input, "far": far, "output": output}, outputs=["enhanced"])
     return {key: tuple(s and name(s.path) for s in (job["mic"], job["far"])) for key, job in jobs.items()}
 
 
@@ -100,7 +100,7 @@ def test_no_far_end_at_all(in_tmp: Path) -> None:
     touch("none/x.wav", "none/y.wav")
     assert pairs("rec", "./none")["x"] == ("rec/x_mic.wav", "none/x.wav")
     with pytest.raises(ConfigError, match="none: no array file there"):  # only sound can be silent
-        pair_inputs({"mic": "audio", "far": "array"}, {"input": "rec", "far": "none", "output": "o"})
+        pair_inputs({"mic": "audio", "far": "array"}, {"input": "rec", "far": "none", "output": "o"}, outputs=[])
 
 
 def echo_rows(*names: str, **more: object) -> list[dict]:
@@ -125,7 +125,7 @@ def test_a_manifest_names_both(in_tmp: Path) -> None:
 def test_parts_of_recordings(in_tmp: Path) -> None:
     parts = [echo_rows("a", offset=start, duration=2.0)[0] for start in (0.5, 4.0)]
     write_manifest("m.jsonl", parts)
-    jobs = pair_inputs(KINDS, {"input": "m.jsonl", "far": None, "output": "out"})
+    jobs = pair_inputs(KINDS, {"input": "m.jsonl", "far": None, "output": "out"}, outputs=["enhanced"])
     assert list(jobs) == ["a_0.5s", "a_4s"]
     for start, job in zip((0.5, 4.0), jobs.values(), strict=True):
         assert {(source.offset_s, source.duration_s) for source in job.values()} == {(start, 2.0)}

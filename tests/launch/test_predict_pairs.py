@@ -14,6 +14,8 @@ from launch.errors import ConfigError
 from launch.predict import run
 
 SYSTEM = """
+import logging
+
 from models.base import System
 
 
@@ -28,6 +30,8 @@ class HalfOff(System):
         return {}
 
     def predict(self, *, mic, far, sample_rate):
+        if not far.any():
+            logging.getLogger("models").warning("%d %% silent", 100)
         return {"enhanced": mic - 0.5 * far}
 """
 SECOND = 8000
@@ -89,15 +93,22 @@ def test_one_folder_and_results_of_an_earlier_run_in_it() -> None:
         predict(input="rec/", far="rec/", output="rec/out")
     found, _ = soundfile.read("rec/out/x_enhanced.wav", dtype="float32")
     np.testing.assert_allclose(found, mic - 0.5 * far, atol=1e-6)
-    with pytest.raises(ConfigError, match="^rec/out/x_enhanced.wav: no far file for it in rec/\n"):
-        predict(input="rec/", far="rec/")
-    assert not Path("out").exists()
+    for output in ("out", "rec", "rec"):  # whether the results lie below the inputs or beside them
+        predict(input="rec/", far="rec/", output=output)
+    assert sorted(p.as_posix() for p in Path("rec").rglob("*.wav")) == [
+        "rec/out/x_enhanced.wav",
+        "rec/x_enhanced.wav",
+        "rec/x_lpb.wav",
+        "rec/x_mic.wav",
+    ]
+    check("x", mic - 0.5 * far)
 
 
-def test_no_far_end_is_silence() -> None:
+def test_no_far_end_is_silence(caplog: pytest.LogCaptureFixture) -> None:
     mic, _ = write("rec/x_mic.wav", 0), write("rec/x_lpb.wav", 1)
     predict(input="rec/", far="none")
     check("x", mic)
+    assert "rec/x_mic.wav: 100 % silent" in caplog.messages, "a system's warning says which file it is about"
     with pytest.raises(ConfigError, match="^set far=….*far=none"):
         predict(input="rec/")
 

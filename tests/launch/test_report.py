@@ -1,8 +1,26 @@
 """What a run prints at its end."""
 
-from launch.report import table
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.report import closing, table
 
 
 def test_an_error_stands_beside_its_mean() -> None:
     lines = table({"test_si_sdri": 6.2282, "test_si_sdri_stderr": 0.3374, "test_num_mixtures": 60.0}).splitlines()
     assert lines == ["test_si_sdri         6.228 +- 0.34", "test_num_mixtures    60"]
+
+
+def test_the_next_command_names_every_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for inputs, expected in (({"mixture": "audio"}, ""), ({"mic": "audio", "far": "audio"}, " far=<files>")):
+        caplog.clear()
+        system = SimpleNamespace(inputs=inputs)
+        trainer = SimpleNamespace(
+            checkpoint_callback=SimpleNamespace(best_model_path="b.ckpt"), lightning_module=system
+        )
+        with caplog.at_level("INFO"):
+            closing(tmp_path, trainer, None)  # type: ignore[arg-type]
+        command = f"python predict.py ckpt_path=b.ckpt input=<files>{expected} output=<folder>"
+        assert caplog.messages[-1].split(maxsplit=1) == ["next", command]

@@ -1,6 +1,7 @@
 """What all systems share: constructor arguments in the checkpoint, optimisers, schedules, weights."""
 
 import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import yaml
 from models.base import System
 from models.checkpoint import find_class
 from models.conv_tasnet import ConvTasNet
-from models.optim import build_optimizer, build_schedule
+from models.optim import build_optimizer, build_schedule, check_optim
 
 CONFIG = Path(__file__).parent.parent.parent / "config"
 SMALL = dict(num_filters=8, bottleneck_channels=4, hidden_channels=8, skip_channels=4, num_blocks=1, num_repeats=1)
@@ -56,6 +57,33 @@ def test_optimisers_by_their_torch_names() -> None:
         build_optimizer(parameters(), {"name": "adam", "lrr": 1, "weigth_decay": 0})
     with pytest.raises(ValueError, match="no such schedule"):
         ConvTasNet(**SMALL, optim={"sched": {"name": "step"}})
+
+
+@pytest.mark.parametrize(
+    ("optim", "says"),
+    [
+        *(({"lr": value}, r"model\.optim\.lr must be a number of at least 0") for value in (-1, "abc", True, math.nan)),
+        ({"eps": -1e-8}, r"model\.optim\.eps must be"),
+        ({"weight_decay": -1}, r"model\.optim\.weight_decay must be"),
+        *(
+            ({"betas": value}, r"model\.optim\.betas must be two numbers from 0 to below 1")
+            for value in ([0.9, 1], [-0.1, 0.9], [0.9], 0.9, ["a", 0.9])
+        ),
+        ({"name": "muon", "momentum": -1}, r"model\.optim\.momentum must be"),
+        ({"name": "sgd", "nesterov": True}, "model.optim: SGD refuses its values .*Nesterov"),
+        ({"sched": {"factor": 1}}, r"model\.optim\.sched\.factor must be a number from 0 to 0.999, got 1"),
+        ({"sched": {"patience": None}}, r"model\.optim\.sched\.patience must be a number of at least 0"),
+        ({"lr": 0, "sched": {"name": "cosine"}}, r"model\.optim\.lr=0 has no cosine schedule"),
+    ],
+)
+def test_values_that_no_optimiser_takes(optim: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check_optim(optim)
+
+
+def test_values_that_differ_in_kind_from_one_optimiser_to_the_next() -> None:
+    check_optim({"name": "adafactor", "eps": [None, 1e-3], "betas": [0.9, 0.99], "lr": 0})
+    check_optim({"name": "adamw", "fused": True, "betas": (0.0, 0.5), "sched": {"name": "halving", "min_lr": 0}})
 
 
 def rates(sched: dict, steps: int, lr: float = 1.0) -> list[float]:
