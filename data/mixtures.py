@@ -125,6 +125,7 @@ class SeparationData(SystemData):
         speed_ratios(speed)  # refuses bad values here, not when training starts
         eval_segment_s = number("eval_segment_s", eval_segment_s, least=least_s)
         self.segments_s = {"train": segment_s, "val": eval_segment_s, "test": eval_segment_s}
+        eval_seed = whole_number("eval_seed", eval_seed, least=0)
         self.seeds = {"train": seed, "val": eval_seed, "test": eval_seed + 1}
         self.noise_manifests = {
             "train": noise_manifest,

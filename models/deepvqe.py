@@ -94,6 +94,7 @@ class DeepVQE(System):
         self.hop_samples = hop_samples
         self.align = _section("align", align, _ALIGN)
         self.loss_terms = _section("loss", loss, _LOSS)
+        self.hparams.update(align=self.align, loss=self.loss_terms)  # whole, so that a later default changes nothing
         self.scores = checked_names(scores)
         lists = {"mic_channels": mic_channels, "far_channels": far_channels, "decoder_channels": decoder_channels}
         if wrong := [name for name, value in lists.items() if not isinstance(value, list | tuple)]:

@@ -27,9 +27,11 @@ def test_one_key_for_each_constructor_argument(file: Path) -> None:
     parameters = {name: p for name, p in inspect.signature(system).parameters.items()}
     assert set(node) == set(parameters)
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
-    for name, parameter in parameters.items():
+    defaults = system().hparams
+    for name in parameters:
         if name != "optim":
-            assert node[name] == parameter.default, f"{name}: YAML and constructor disagree"
+            default = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
+            assert node[name] == default, f"{name}: YAML and constructor disagree"
 
 
 def test_arguments_travel_in_the_checkpoint() -> None:
