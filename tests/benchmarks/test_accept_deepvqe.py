@@ -114,7 +114,9 @@ def test_training_and_validation_share_no_talker(in_tmp: Path, monkeypatch: pyte
     assert {row["speaker"] for row in read_manifest(work / "train.jsonl")} == {"a", "b"}
     assert {row["speaker"] for row in read_manifest(work / "val.jsonl")} == set(PROTOCOL["val_speakers"])
     assert "experiment=deepvqe_demo" in given["typed"] and given["cpu_minutes"] == 50
-    assert given["length"](50) == ["trainer.max_steps=50", "data.train_examples=40"]
+    examples = 50 // PROTOCOL["epochs"] * PROTOCOL["batch_size"]
+    assert given["length"](50) == ["trainer.max_steps=50", f"data.train_examples={examples}"]
+    assert all(f"data.{stage}rir_manifest=null" in given["typed"] for stage in ("", "val_", "test_"))
     write_manifest(in_tmp / PROTOCOL["speech_manifest"], rows[:9])
     with pytest.raises(SystemExit, match="manifest_speech.jsonl: fewer than two talkers for train"):
         start_ours(PROTOCOL, in_tmp, work)
