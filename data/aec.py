@@ -48,8 +48,8 @@ class EchoData(SystemData):
             `MeasuredRooms`; None: made rooms only.
         scenario_weights, rir_p, snr_db, noise_p, far_snr_db, far_noise_p, ser_db, level_db, far_level_db,
         near_end_far_p, far_dropout_p, far_dropout_ms, clip_p, clip_db, target_ms: see `EchoMixing`.
-        nonlinear_p, speaker_clip, speaker_soft_clip_p, speaker_distortion, speaker_highpass_hz, speaker_lowpass_hz: see
-            `Loudspeaker`.
+        nonlinear_p, speaker_clip, speaker_soft_clip_p, speaker_distortion, speaker_highpass_hz, speaker_lowpass_hz,
+            speaker_response_db: see `Loudspeaker`.
         delay_ms, delay_jump_p, delay_jump_ms, drift_ppm, path_change_p, path_change_fade_ms, gain_step_p,
         gain_step_db: see `EchoPath`.
         num_rooms, room_size_m, t60_s, speaker_distance_m, talker_distance_m, rir_s: see
@@ -98,6 +98,7 @@ class EchoData(SystemData):
         speaker_distortion: Range = (0.1, 1.0),
         speaker_highpass_hz: Range | None = (80.0, 300.0),
         speaker_lowpass_hz: Range | None = None,
+        speaker_response_db: float = 0.0,
         num_rooms: int | None = 200,
         room_size_m: Sequence[Range] = ((3.0, 8.0), (2.5, 6.0), (2.3, 3.5)),
         t60_s: Range = (0.15, 0.6),

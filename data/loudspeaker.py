@@ -23,6 +23,7 @@ from data.echo_levels import gain_for_ratio_db, rms
 from data.ranges import Range, check_range
 
 _HIGHPASS_ORDER, _LOWPASS_ORDER = 2, 4  # a closed box, and what reconstruction filters leave
+_LOWEST_OCTAVE_HZ, _NUM_OCTAVES = 62.5, 8  # up to 8 kHz
 _MARGIN_S = 0.1  # of zeros, into which a filter without phase may ring on both sides
 
 
@@ -49,13 +50,20 @@ def sigmoid_distortion(signal: np.ndarray, gain: float = 1.0) -> np.ndarray:
 
 
 def band_limit(
-    signal: np.ndarray, *, sample_rate: int, highpass_hz: float | None = None, lowpass_hz: float | None = None
+    signal: np.ndarray,
+    *,
+    sample_rate: int,
+    highpass_hz: float | None = None,
+    lowpass_hz: float | None = None,
+    octaves_db: np.ndarray | None = None,
 ) -> np.ndarray:
     """Butterworth magnitudes (order 2 below, 4 above; -3 dB at the given frequencies) without phase.
 
+    *octaves_db*: gains at 62.5 Hz, 125 Hz and so on, on straight lines between them and level beyond.
+
     Shape: `(T,)` -> `(T,)`
     """
-    if highpass_hz is None and lowpass_hz is None:
+    if highpass_hz is None and lowpass_hz is None and octaves_db is None:
         return signal
     size = next_fast_len(len(signal) + round(_MARGIN_S * sample_rate), real=True)
     hz = rfftfreq(size, 1 / sample_rate)
@@ -65,6 +73,9 @@ def band_limit(
         power = ratio / (1 + ratio)
     if lowpass_hz is not None:
         power = power / (1 + (hz / lowpass_hz) ** (2 * _LOWPASS_ORDER))
+    if octaves_db is not None:
+        octave = np.log2(np.maximum(hz, 1) / _LOWEST_OCTAVE_HZ)
+        power = power * 10 ** (np.interp(octave, np.arange(len(octaves_db)), octaves_db) / 10)
     return irfft(rfft(signal, size) * np.sqrt(power).astype(signal.dtype), size)[: len(signal)]
 
 
@@ -79,6 +90,7 @@ class Loudspeaker:
         speaker_distortion: share of the distorted sound, 0 to 1; the rest is undistorted.
         speaker_highpass_hz: lower end of the band (small loudspeakers have no bass); None: none.
         speaker_lowpass_hz: upper end of the band; None: none.
+        speaker_response_db: how far its response may be from flat, drawn anew for each octave.
 
     Raises:
         ValueError: a value that cannot be used, by its key in the configuration.
@@ -90,8 +102,10 @@ class Loudspeaker:
     speaker_distortion: Range = (0.1, 1.0)
     speaker_highpass_hz: Range | None = (80.0, 300.0)
     speaker_lowpass_hz: Range | None = None
+    speaker_response_db: float = 0.0
 
     def __post_init__(self) -> None:
+        number("speaker_response_db", self.speaker_response_db, least=0, most=40)
         number("nonlinear_p", self.nonlinear_p, least=0, most=1)
         number("speaker_soft_clip_p", self.speaker_soft_clip_p, least=0, most=1)
         check_range("speaker_clip", self.speaker_clip, least=0.01, most=1)
@@ -114,6 +128,7 @@ class Loudspeaker:
         edges_hz = rng.random(2)  # drawn in any case, so that neither limit shifts the other
         highpass_hz = _between(self.speaker_highpass_hz, edges_hz[0])
         lowpass_hz = _between(self.speaker_lowpass_hz, edges_hz[1])
+        octaves_db = self.speaker_response_db * rng.uniform(-1, 1, _NUM_OCTAVES) if self.speaker_response_db else None
         peak = float(np.abs(signal).max(initial=0.0))
         if peak == 0:
             return signal
@@ -122,7 +137,9 @@ class Loudspeaker:
             bent = sigmoid_distortion((soft_clip if soft else hard_clip)(signal / peak, clip))
             bent = bent * gain_for_ratio_db(signal, bent, ratio_db=0.0, level=rms)
             played = signal + distortion * (bent - signal)
-        played = band_limit(played, sample_rate=sample_rate, highpass_hz=highpass_hz, lowpass_hz=lowpass_hz)
+        played = band_limit(
+            played, sample_rate=sample_rate, highpass_hz=highpass_hz, lowpass_hz=lowpass_hz, octaves_db=octaves_db
+        )
         return (played * gain_for_ratio_db(signal, played, ratio_db=0.0, level=rms)).astype(np.float32)
 
 

@@ -104,3 +104,25 @@ def test_each_setting_takes_effect():
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Loudspeaker(**bad)
+
+
+def test_responses_are_uneven_by_so_many_db_and_shift_nothing():
+    impulse = np.zeros(8000, np.float32)
+    impulse[4000] = 1.0
+    gains_db = np.array([0, 0, 6, -6, 3, 0, 0, 0], float)
+    response = band_limit(impulse, sample_rate=16000, octaves_db=gains_db)
+    assert np.abs(response).argmax() == 4000
+    level_db = 20 * np.log10(np.abs(np.fft.rfft(response)))
+    for octave, expected in enumerate(gains_db):
+        assert level_db[round(62.5 * 2**octave / 2)] == pytest.approx(expected, abs=0.2)
+
+
+def test_each_loudspeaker_has_a_response_of_its_own():
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(32000).astype(np.float32)
+    plain = Loudspeaker(nonlinear_p=0.0, speaker_highpass_hz=None)
+    uneven = Loudspeaker(nonlinear_p=0.0, speaker_highpass_hz=None, speaker_response_db=10.0)
+    heard = [speaker.play(noise, np.random.default_rng(5), sample_rate=16000) for speaker in (plain, uneven, uneven)]
+    other = uneven.play(noise, np.random.default_rng(6), sample_rate=16000)
+    np.testing.assert_allclose(heard[0], noise, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(heard[1], heard[2]) and not np.allclose(heard[1], other) and not np.allclose(heard[1], noise)
