@@ -153,12 +153,6 @@ class EchoData(SystemData):
         segment_s = number("segment_s", segment_s, least=1 / self.sample_rate)
         eval_segment_s = number("eval_segment_s", eval_segment_s, least=1 / self.sample_rate)
         self.segments_s = {"train": segment_s, "val": eval_segment_s, "test": eval_segment_s}
-        manifests = {"noise_manifest": noise_manifest, "val_noise_manifest": val_noise_manifest}
-        manifests |= {"test_noise_manifest": test_noise_manifest, "rir_manifest": rir_manifest}
-        manifests |= {"val_rir_manifest": val_rir_manifest, "test_rir_manifest": test_rir_manifest}
-        for key, value in manifests.items():
-            if not isinstance(value, str | None):
-                raise ValueError(f"{key} must be the path of a manifest, got {value!r}")
         if self.path.delay_ms[1] >= 1000 * min(segment_s, eval_segment_s):
             shortest = "segment_s" if segment_s <= eval_segment_s else "eval_segment_s"
             raise ValueError(f"delay_ms must stay below {shortest}, or echoes come after the end; got {delay_ms}")
@@ -173,6 +167,11 @@ class EchoData(SystemData):
         }
         self.noise_manifests = {"train": noise_manifest, "val": val_noise_manifest, "test": test_noise_manifest}
         self.rir_manifests = {"train": rir_manifest, "val": val_rir_manifest, "test": test_rir_manifest}
+        for key, manifests in (("noise_manifest", self.noise_manifests), ("rir_manifest", self.rir_manifests)):
+            for stage, value in manifests.items():
+                if not isinstance(value, str | None):
+                    typed = key if stage == "train" else f"{stage}_{key}"
+                    raise ValueError(f"{typed} must be the path of a manifest, got {value!r}")
         if cache not in (True, False, "auto"):
             raise ValueError(f"cache must be true, false or auto, got {cache!r}")
         self.cache: dict[str, Any] = {

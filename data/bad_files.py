@@ -142,7 +142,7 @@ class ResilientDataset(Dataset):
                 return self.dataset[key], messages
             except FileError as error:
                 messages.append(str(error))
-            index, epoch = item_key(key)
+            index, epoch = item_key(key, len(self))
             key = ((index + 1) % len(self), epoch) if len(self) > 1 else (0, epoch + 1)
         raise DataError(f"{_MAX_ATTEMPTS} examples in a row cannot be made, the last because of {messages[-1]}")
 

@@ -26,7 +26,7 @@ from data.crops import random_crop, speech_crop
 from data.epochs import Setting, at_epoch
 from data.errors import DataError
 from data.levels import add_up, collate_mixtures, common_gain, gain_to, rms
-from data.manifest import LINE_KEY
+from data.manifest import place_of
 from data.sampler import ItemKey, item_key
 
 _AUGMENTATION = 1  # the stream beside (seed, epoch, index); 0 would be the same as none
@@ -126,12 +126,12 @@ class MixtureDataset(Dataset):
         rows_of: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             if not row.get("speaker"):
-                raise DataError(f"{_where(row)}: its manifest row has no speaker, which mixing needs")
+                raise DataError(f"{place_of(row)}: its manifest row has no speaker, which mixing needs")
             rows_of.setdefault(row["speaker"], []).append(number)
         if len(rows_of) < num_sources:
             raise DataError(
                 f"{len(rows_of)} speaker(s) in the manifest, mixtures of {num_sources} need as many:"
-                f" the first row is {_where(rows[0])}"
+                f" the first row is {place_of(rows[0])}"
             )
         self.num_items = num_items
         self.num_sources = num_sources
@@ -155,9 +155,7 @@ class MixtureDataset(Dataset):
         return self.num_items
 
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any] | list[dict[str, Any]]:
-        index, epoch = item_key(key)
-        if not 0 <= index < self.num_items:
-            raise IndexError(f"item {index} of {self.num_items}")
+        index, epoch = item_key(key, len(self))
         rng = np.random.default_rng([self.seed, epoch, index])
         changes = np.random.default_rng([self.seed, epoch, index, _AUGMENTATION])
         pieces = at_epoch(self.pieces, epoch)
@@ -198,8 +196,3 @@ class MixtureDataset(Dataset):
         if changes.random() >= self.noise_p:
             return torch.zeros(num_samples)
         return random_crop(self._noises, changes, range(len(self._noises.num_samples)), num_samples)
-
-
-def _where(row: Mapping[str, Any]) -> str:
-    """A row by its place and file."""
-    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))

@@ -30,7 +30,7 @@ from data.echo_path import Echo, EchoPath, convolve
 from data.echo_scenarios import SCENARIO_WEIGHTS, SCENARIOS, collate_echo, scenario_probabilities
 from data.errors import DataError
 from data.loudspeaker import Loudspeaker
-from data.manifest import LINE_KEY
+from data.manifest import place_of
 from data.ranges import Range, check_range
 from data.rooms import MeasuredRooms, Response, Responses, ShoeboxRooms, early_part
 from data.sampler import ItemKey, item_key
@@ -161,9 +161,7 @@ class EchoDataset(Dataset):
         return self.num_items
 
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
-        index, epoch = item_key(key)
-        if not 0 <= index < self.num_items:
-            raise IndexError(f"item {index} of {self.num_items}")
+        index, epoch = item_key(key, len(self))
         rng = np.random.default_rng([self.seed, epoch, index])
         streams = {k: np.random.default_rng([self.seed, epoch, index, k]) for k in range(_NEAR, _DEFECTS + 1)}
         scenario = int(rng.choice(len(SCENARIOS), p=self._scenario_p))
@@ -277,7 +275,7 @@ def _rows_by_speaker(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Speaker -> numbers of its rows."""
     rows_of: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        where = ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))
+        where = place_of(row)
         if not row.get("speaker"):
             raise DataError(f"{where}: its manifest row has no speaker; near and far end must be different ones")
         rows_of.setdefault(row["speaker"], []).append(index)

@@ -95,9 +95,7 @@ class FixedEchoDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
-        index, epoch = item_key(key)
-        if not 0 <= index < len(self.rows):
-            raise IndexError(f"item {index} of {len(self.rows)}")
+        index, epoch = item_key(key, len(self))
         row = self.rows[index]
         signals = self._read(row, np.random.default_rng([self.seed, epoch, index]))
         length = len(signals["mic_filepath"])

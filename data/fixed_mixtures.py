@@ -86,9 +86,7 @@ class FixedMixtureDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
-        index, epoch = item_key(key)
-        if not 0 <= index < len(self.rows):
-            raise IndexError(f"item {index} of {len(self.rows)}")
+        index, epoch = item_key(key, len(self))
         row = self.rows[index]
         start, count = self._crop(row, np.random.default_rng([self.seed, epoch, index]))
         sources, noise = self._read(row, start=start, count=count)

@@ -76,6 +76,11 @@ def read_manifest(path: PathLike, *, required: Sequence[str] | None = None) -> l
     return rows
 
 
+def place_of(row: Mapping[str, Any]) -> str:
+    """A row of recordings in a message: its line and its file, "train.jsonl, line 12: /speech/a.wav"."""
+    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))
+
+
 def write_manifest(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a manifest as JSON lines; it appears whole or not at all.
 

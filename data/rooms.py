@@ -25,7 +25,7 @@ import numpy as np
 from data.cache import RowReader
 from data.checks import number, whole_number
 from data.errors import AudioError, DataError
-from data.manifest import LINE_KEY
+from data.manifest import place_of
 from data.ranges import Range, check_range
 
 SPEED_OF_SOUND = 343.0  # m/s, that of pyroomacoustics
@@ -249,13 +249,14 @@ class MeasuredRooms:
         for index, row in enumerate(rows):
             if row.get("room") is None:
                 raise DataError(
-                    f"{_name(row)}: its manifest row has no room; echo and near end need two responses of the same one"
+                    f"{place_of(row)}: its manifest row has no room;"
+                    " echo and near end need two responses of the same one"
                 )
             rows_of.setdefault(str(row["room"]), []).append(index)
         rooms = {name: _sort_by_kind(rows, members) for name, members in rows_of.items() if len(members) > 1}
         if not rooms:
             raise DataError(
-                f"{_name(rows[0])}: room {next(iter(rows_of))} has one response only, and so has every other;"
+                f"{place_of(rows[0])}: room {next(iter(rows_of))} has one response only, and so has every other;"
                 " echo and near end need two different ones of the same room"
             )
         self.sample_rate = sample_rate
@@ -278,11 +279,6 @@ class MeasuredRooms:
         if not taps.any():
             raise AudioError(f"{self._files[row]}: is silent, no room response")
         return measured_response(taps, sample_rate=self.sample_rate, rir_s=self.rir_s)
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    """A row by its place in the manifest and its file."""
-    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))
 
 
 def _sort_by_kind(rows: Sequence[Mapping[str, Any]], members: list[int]) -> _MeasuredRoom:

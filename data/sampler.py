@@ -19,9 +19,15 @@ ItemKey = tuple[int, int]
 """What a dataset is indexed with: `(index, epoch)`."""
 
 
-def item_key(key: ItemKey | int) -> ItemKey:
-    """The pair that a dataset was indexed with. A bare index (Lightning's overfit mode) is of epoch 0."""
-    return (key, 0) if isinstance(key, int) else key
+def item_key(key: ItemKey | int, num_items: int) -> ItemKey:
+    """The pair that a dataset of `num_items` was indexed with. A bare index (Lightning's overfit mode) is of epoch 0.
+
+    Raises IndexError for an index that is none, by which Python ends a loop over a dataset.
+    """
+    index, epoch = (key, 0) if isinstance(key, int) else key
+    if not 0 <= index < num_items:
+        raise IndexError(f"item {index} of {num_items}")
+    return index, epoch
 
 
 class EpochSampler(DistributedSampler):

@@ -26,6 +26,7 @@ from metrics.echo import EchoMetrics
 from metrics.perceptual import checked_names
 from models.base import System
 from models.importers.deepvqe import arguments_of, convert
+from models.optim import is_number
 from modules.chunking import split_chunks, stitch_sources
 from modules.deepvqe import DeepVQE as Network
 from modules.delay import estimate_delay
@@ -155,8 +156,9 @@ class DeepVQE(System):
         output = {
             "loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum(),
             "enhanced": torch.cat(enhanced),
-            "num_compared": batch["has_target"].sum(),
         }
+        if not self.training:  # where it would make the host wait for the device at every step
+            output["num_compared"] = batch["has_target"].sum()
         if len(terms) > 1:
             output |= {f"loss_{name}": value.detach() for name, value in terms.items()}
         delays = [c.delays for c in compared if c.delays is not None]
@@ -318,13 +320,9 @@ def _section(name: str, given: dict[str, Any] | None, defaults: dict[str, Any]) 
         raise ValueError(f"model.{name} has no {', '.join(unknown)}; it has {', '.join(defaults)}")
     values = defaults | (given or {})
     for key, (least, most) in _LIMITS.items():
-        if key in values and not (_is_number(values[key]) and least <= values[key] <= most):
+        if key in values and not (is_number(values[key]) and least <= values[key] <= most):
             raise ValueError(f"model.{name}.{key}={values[key]}: give a number from {least:g} to {most:g}")
     return values
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _as_list(value: Any) -> Any:

@@ -38,12 +38,12 @@ def check_optim(optim: dict[str, Any]) -> None:
     """Raises ValueError for what `build_optimizer` or `build_schedule` would refuse, before there are parameters."""
     factory, options = _factory_and_options(optim)
     defaults = {name: parameter.default for name, parameter in inspect.signature(factory).parameters.items()}
-    for key in (key for key in _NOT_NEGATIVE if key in options and _is_number(defaults[key])):
-        if not (_is_number(options[key]) and options[key] >= 0):
+    for key in (key for key in _NOT_NEGATIVE if key in options and is_number(defaults[key])):
+        if not (is_number(options[key]) and options[key] >= 0):
             raise ValueError(f"model.optim.{key} must be a number of at least 0, got {options[key]!r}")
     betas = options.get("betas", (0.0, 0.0))
     pair = isinstance(betas, list | tuple) and len(betas) == 2
-    if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+    if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"model.optim.betas must be two numbers from 0 to below 1, got {betas!r}")
     try:  # what only the class itself knows, on a parameter that nobody needs
         factory(
@@ -59,7 +59,7 @@ def check_optim(optim: dict[str, Any]) -> None:
     if sched.get("name") not in SCHEDULES:
         raise ValueError(_no_such_schedule(sched.get("name")))
     for key, (least, most) in _SCHED_LIMITS.items():
-        if key in sched and not (_is_number(sched[key]) and least <= sched[key] <= most):
+        if key in sched and not (is_number(sched[key]) and least <= sched[key] <= most):
             limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
             raise ValueError(f"model.optim.sched.{key} must be a number {limits}, got {sched[key]!r}")
     if sched.get("name") == "cosine" and options.get("lr") == 0:
@@ -77,7 +77,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -
     return factory(parameters, **options)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value that was typed is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

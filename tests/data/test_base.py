@@ -32,7 +32,7 @@ class Points(Dataset):
         return self.size
 
     def __getitem__(self, key):
-        index, epoch = item_key(key)
+        index, epoch = item_key(key, len(self))
         noise = np.random.default_rng([self.seed, epoch, index]).standard_normal()
         return torch.tensor([index, epoch, noise], dtype=torch.float32)
 

@@ -73,4 +73,7 @@ def test_fixed_epoch():
 def test_bad_positions_are_refused_and_bare_indices_understood():
     with pytest.raises(ValueError, match="negative"):
         EpochSampler(range(3), skip=-1)
-    assert item_key(4) == (4, 0) and item_key((4, 2)) == (4, 2)
+    assert item_key(4, 5) == (4, 0) and item_key((4, 2), 5) == (4, 2)
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match=f"item {index} of 5"):
+            item_key(index, 5)
