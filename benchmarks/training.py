@@ -9,12 +9,47 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from callbacks import clock
 
 ROOT = Path(__file__).parent.parent
 _CALIBRATION_STEPS = (5, 40)
+
+
+class Plan(NamedTuple):
+    """How many steps a budget holds, what finding that out took of it, and what is left."""
+
+    steps: int
+    calibration_s: float
+    left_s: float
+
+
+def plan_training(
+    overrides: list[str],
+    *,
+    length: Callable[[int], list[str]],
+    epochs: int,
+    cpu_minutes: float,
+    reserve: float,
+    work: Path,
+) -> Plan:
+    """Two short runs in the work folder. Arguments: as `OurTraining`."""
+    base = [*overrides, f"exp_manager.exp_dir={work}", "exp_manager.name=calibration"]
+    costs = []
+    for steps in _CALIBRATION_STEPS:
+        before = clock.cpu_seconds()
+        if _start_train([*base, *length(steps)]).wait() != 0:
+            raise SystemExit("error: our training failed, see its messages above")
+        costs.append(clock.cpu_seconds() - before)
+    few, many = _CALIBRATION_STEPS
+    step_s = (costs[1] - costs[0]) / (many - few)
+    start_up_s = costs[0] - few * step_s
+    left_s = 60 * cpu_minutes - sum(costs)
+    affordable = ((1 - reserve) * left_s - start_up_s) / step_s
+    planned = epochs * max(1, math.floor(affordable / epochs))
+    print(f"ours: {step_s:.3f} CPU-s per step, {planned} steps in what is left of the budget", flush=True)
+    return Plan(planned, sum(costs), left_s)
 
 
 class OurTraining:
@@ -23,6 +58,7 @@ class OurTraining:
     *overrides*: as typed after train.py. *length*: the overrides for so many steps in all. *epochs*: of the recipe;
     the number of steps is a multiple of it, and each ends in the recipe's validation, calibration included.
     *reserve*: share of the budget that is not planned with, for steps that cost more than in the calibration.
+    *plan*: of an earlier calibration; one that has begun in this work folder is then continued.
     """
 
     def __init__(
@@ -34,25 +70,18 @@ class OurTraining:
         cpu_minutes: float,
         reserve: float,
         work: Path,
+        plan: Plan | None = None,
     ) -> None:
-        base = [*overrides, f"exp_manager.exp_dir={work}"]
-        costs = []
-        for steps in _CALIBRATION_STEPS:
-            before = clock.cpu_seconds()
-            if _start_train([*base, "exp_manager.name=calibration", *length(steps)]).wait() != 0:
-                raise SystemExit("error: our training failed, see its messages above")
-            costs.append(clock.cpu_seconds() - before)
-        few, many = _CALIBRATION_STEPS
-        step_s = (costs[1] - costs[0]) / (many - few)
-        start_up_s = costs[0] - few * step_s
-        left_s = 60 * cpu_minutes - sum(costs)
-        self.calibration_s = sum(costs)
-        affordable = ((1 - reserve) * left_s - start_up_s) / step_s
-        self.planned = epochs * max(1, math.floor(affordable / epochs))
-        print(f"ours: {step_s:.3f} CPU-s per step, {self.planned} steps in what is left of the budget", flush=True)
-        limits = [*length(self.planned), f"callbacks.budget.cpu_minutes={left_s / 60}"]
+        known = plan is not None
+        plan = plan or plan_training(
+            overrides, length=length, epochs=epochs, cpu_minutes=cpu_minutes, reserve=reserve, work=work
+        )
+        self.planned, self.calibration_s = plan.steps, plan.calibration_s
         self.folder = work / "ours"
-        self.process = _start_train([*base, "exp_manager.name=ours", *limits], quiet=True)
+        limits = [*length(plan.steps), f"callbacks.budget.cpu_minutes={plan.left_s / 60}"]
+        limits += ["exp_manager.resume_if_exists=true"] * known
+        typed = [*overrides, f"exp_manager.exp_dir={work}", "exp_manager.name=ours", *limits]
+        self.process = _start_train(typed, quiet=True)
 
     def finish(self) -> tuple[Path, dict[str, Any]]:
         """Wait for the end of training; its last checkpoint and what it took."""

@@ -65,10 +65,17 @@ def audio_info(path: PathLike) -> AudioInfo:
         return AudioInfo(file.samplerate, file.frames, file.channels, file.frames / file.samplerate)
 
 
-def read_audio(path: PathLike, *, sample_rate: int, offset_s: float = 0.0, duration_s: float | None = None) -> Tensor:
+def read_audio(
+    path: PathLike,
+    *,
+    sample_rate: int,
+    offset_s: float = 0.0,
+    duration_s: float | None = None,
+    channel: int | None = None,
+) -> Tensor:
     """Read a recording, or a part of it, as mono at `sample_rate`.
 
-    Several channels are averaged. A part is `round(duration_s * sample_rate)` samples from sample
+    A part is `round(duration_s * sample_rate)` samples from sample
     `round(offset_s * sample_rate)` on; where the file ends earlier, what there is.
 
     Args:
@@ -76,12 +83,14 @@ def read_audio(path: PathLike, *, sample_rate: int, offset_s: float = 0.0, durat
         sample_rate: rate of the result in Hz.
         offset_s: start of the part in seconds.
         duration_s: length of the part in seconds, None for all that follows.
+        channel: the channel to read, from 0; None: the mean of all.
 
     Shape:
         Returns float32 `(T,)`.
 
     Raises:
-        AudioError: as `audio_info`; also an offset beyond the end, or samples that are NaN or infinite.
+        AudioError: as `audio_info`; also an offset beyond the end, no such channel, or samples that are NaN or
+            infinite.
     """
     if sample_rate <= 0:
         raise ValueError(f"sample_rate must be positive, got {sample_rate}")
@@ -91,11 +100,13 @@ def read_audio(path: PathLike, *, sample_rate: int, offset_s: float = 0.0, durat
     count = None if duration_s is None else round(duration_s * sample_rate)
     with _open(path) as file:
         native_rate, num_frames = file.samplerate, file.frames
+        if channel is not None and not 0 <= channel < file.channels:
+            raise AudioError(f"{path}: has {file.channels} channel(s), no channel {channel} (they count from 0)")
         first, stop, skip = _native_span(start, count, native_rate, sample_rate)
         if start * native_rate >= num_frames * sample_rate:
             raise AudioError(f"{path}: offset {offset_s:g} s lies beyond the end ({num_frames / native_rate:g} s)")
         stop = num_frames if stop is None else min(stop, num_frames)
-        mono = _read_frames(file, path, first, stop - first)
+        mono = _read_frames(file, path, first, stop - first, channel)
     samples = torch.from_numpy(mono)
     if native_rate != sample_rate:
         samples = torchaudio.functional.resample(
@@ -225,8 +236,8 @@ def _missing_ogg_bytes(path: PathLike, head: bytes, size: int) -> int:
     return max(0, _OGG_HEADER + num_segments + sum(page[_OGG_HEADER : _OGG_HEADER + num_segments]) - len(page))
 
 
-def _read_frames(file: sf.SoundFile, path: PathLike, first: int, count: int) -> np.ndarray:
-    """`count` frames from frame `first` on, averaged over channels, float32 `(count,)`."""
+def _read_frames(file: sf.SoundFile, path: PathLike, first: int, count: int, channel: int | None) -> np.ndarray:
+    """`count` frames from frame `first` on, of one channel or averaged over all, float32 `(count,)`."""
     try:
         passed = first if file.format == "MP3" else 0
         file.seek(first - passed)
@@ -238,7 +249,8 @@ def _read_frames(file: sf.SoundFile, path: PathLike, first: int, count: int) -> 
             f"{path}: truncated, {first - passed + len(frames)} of {file.frames} frames can be read; fetch it again"
         )
     frames = frames[passed:]
-    mono = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
+    several = channel is None and frames.shape[1] > 1
+    mono = frames.mean(axis=1, dtype=np.float32) if several else frames[:, channel or 0]
     if not np.isfinite(mono).all():
         raise AudioError(f"{path}: holds NaN or infinite samples; replace or remove it")
     return np.ascontiguousarray(mono)

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 100  # examples in a row that may fail; with 1 % bad files even five do not
 _MAX_SHOWN = 10
+MET_KEY = "bad_files"
+"""Under this key an item may bring messages of files that it could do without; it is taken out."""
 
 
 class BadFiles:
@@ -139,7 +141,8 @@ class ResilientDataset(Dataset):
         messages: list[str] = []
         while len(messages) < _MAX_ATTEMPTS:
             try:
-                return self.dataset[key], messages
+                item = self.dataset[key]
+                return item, messages + (item.pop(MET_KEY, []) if isinstance(item, dict) else [])
             except FileError as error:
                 messages.append(str(error))
             index, epoch = item_key(key, len(self))

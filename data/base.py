@@ -157,13 +157,16 @@ class SystemData(pl.LightningDataModule):
         for part in _STAGES_OF[stage]:
             optional = stage is None or (stage == "fit" and part == "val")
             if not self.has_data(part) and not optional:
-                raise DataError(f"no data for {part}: set data.{part}_manifest=<file> or data.speech_dir=<folder>")
+                raise DataError(f"no data for {part}: {self.data_hint(part)}")
             if part not in self._datasets:
                 dataset = self.dataset(part) if self.has_data(part) else None
                 self._datasets[part] = None if dataset is None else ResilientDataset(dataset, self._bad_files)
 
     def train_dataloader(self) -> DataLoader | list:
-        return self._loader("train")
+        loader = self._loader("train")
+        if self.trainer is not None:
+            _count_over_epochs(self.trainer, len(loader))
+        return loader
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader("val")
@@ -171,22 +174,41 @@ class SystemData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader | list:
         return self._loader("test")
 
+    def loader_settings(self, stage: str) -> dict[str, Any]:
+        """Arguments of `data.loader.make_loader` for a stage, beyond those that it always gets."""
+        return self.loader
+
+    def key(self, stage: str, name: str) -> str:
+        """How a setting of a stage is typed, for messages."""
+        return f"data.{name}"
+
+    def data_hint(self, stage: str) -> str:
+        """What to do when a stage has no data, for messages."""
+        return f"set data.{stage}_manifest=<file> or data.speech_dir=<folder>"
+
     def sampler(self, stage: str, dataset: Dataset) -> EpochSampler:
         """The sampler of a stage for this process, starting at the resumed position."""
-        rank, world = self._rank_and_world()
         training = stage == "train"
         return EpochSampler(
             dataset,  # type: ignore[arg-type]
             seed=self.seed,
             shuffle=training,
             drop_last=training,
-            batch_size=self.batch_sizes[stage],
-            rank=rank,
-            num_replicas=world,
-            fixed_epoch=None if training else 0,
-            start_epoch=self._resumed["epoch"] if training else 0,
-            skip=self._resumed["items"] // world if training else 0,
+            **self.position(stage),
         )
+
+    def position(self, stage: str) -> dict[str, Any]:
+        """Arguments of a sampler: this process's part of the items, and where in them it is."""
+        rank, world = self._rank_and_world()
+        training = stage == "train"
+        return {
+            "batch_size": self.batch_sizes[stage],
+            "rank": rank,
+            "num_replicas": world,
+            "fixed_epoch": None if training else 0,
+            "start_epoch": self._resumed["epoch"] if training else 0,
+            "skip": self._resumed["items"] // world if training else 0,
+        }
 
     def state_dict(self) -> dict[str, int]:
         """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done."""
@@ -228,8 +250,8 @@ class SystemData(pl.LightningDataModule):
         batch_size = self.batch_sizes[stage]
         if sampler.drop_last and len(sampler) < batch_size:
             raise DataError(
-                f"{len(dataset)} training examples are not one batch of {batch_size} on each of"
-                f" {sampler.num_replicas} process(es): lower data.batch_size or add data"
+                f"{len(dataset)} examples are not one batch of {batch_size} on each of"
+                f" {sampler.num_replicas} process(es): lower {self.key(stage, 'batch_size')} or add data"
             )
         trainer = self.trainer
         return make_loader(
@@ -239,9 +261,25 @@ class SystemData(pl.LightningDataModule):
             collate_fn=dataset.collate,
             accelerator="cpu" if trainer is None else trainer.strategy.root_device.type,
             processes=1 if trainer is None else trainer.num_devices,
-            **self.loader,
+            **self.loader_settings(stage),
         )
 
     def _rank_and_world(self) -> tuple[int, int]:
         """This process and the number of processes; without a Trainer there is one."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def _count_over_epochs(trainer: pl.Trainer, num_batches: int) -> None:
+    """Let a validation that is due less than once per epoch be due over epochs, where Lightning would refuse it."""
+    interval = trainer.val_check_interval
+    whole = isinstance(interval, int) and not isinstance(interval, bool)
+    limit = trainer.limit_train_batches
+    most = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    if whole and interval > most and trainer.check_val_every_n_epoch is not None:
+        trainer.check_val_every_n_epoch = None
+        log.info(
+            "trainer.val_check_interval=%d is more than the %d batches of an epoch: it is counted over epochs"
+            " (trainer.check_val_every_n_epoch=null)",
+            interval,
+            most,
+        )

@@ -43,7 +43,9 @@ _NAMES = ("speaker", "id")
 _SOURCE_KEY = re.compile(r"s([1-9]\d*)_filepath")
 
 
-def read_manifest(path: PathLike, *, required: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_manifest(
+    path: PathLike, *, required: Sequence[str] | None = None, keep: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Read and check a manifest.
 
     Args:
@@ -51,6 +53,7 @@ def read_manifest(path: PathLike, *, required: Sequence[str] | None = None) -> l
         required: keys that each row must have. None: those of talkers (`TALKER_KEYS`), fixed mixtures
             (`MIXTURE_KEYS`) or echo recordings (`ECHO_KEYS`, a scenario and the far end that it has), whichever the
             first row is; all others must be of the same kind.
+        keep: the keys to look at, with the names that they get; None: all, as they are.
 
     Returns:
         One dict per row, in order. Paths are absolute and normalised, `speaker` and `id` are str, optional keys
@@ -63,6 +66,8 @@ def read_manifest(path: PathLike, *, required: Sequence[str] | None = None) -> l
     folder, name = Path(os.path.abspath(path)).parent, Path(path).name
     rows: list[dict[str, Any]] = []
     for number, values in read_table(path):
+        if keep is not None:
+            values = {keep[key]: value for key, value in values.items() if key in keep}
         try:
             row = _read_row(_numbers(values) if is_csv(path) else values, folder, required)
             if required is None and rows and main_key(row) != main_key(rows[0]):

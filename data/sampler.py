@@ -77,9 +77,18 @@ class EpochSampler(DistributedSampler):
         self.skip = skip
         self.epoch = start_epoch
 
+    def size(self) -> int:
+        """Items that all ranks visit together in an epoch, before any is left out."""
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices in the order in which the ranks take turns with them, `(size,)`."""
+        size = self.size()
+        return np.random.default_rng([self.seed, epoch]).permutation(size) if self.shuffle else np.arange(size)
+
     def __len__(self) -> int:
         """Items of this rank in a whole epoch, whatever `skip` is: Lightning counts on from where it was."""
-        size = len(self.dataset)  # type: ignore[arg-type]
+        size = self.size()
         if self.drop_last:
             return size // self.num_replicas
         short, longer = size // self.num_replicas, size % self.num_replicas
@@ -89,8 +98,7 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[ItemKey]:
         epoch = self.epoch if self.fixed_epoch is None else self.fixed_epoch
-        size = len(self.dataset)  # type: ignore[arg-type]
-        order = np.random.default_rng([self.seed, epoch]).permutation(size) if self.shuffle else np.arange(size)
+        order = self.order(epoch)
         own = order[self.rank :: self.num_replicas][: len(self)]
         if len(own) < len(self):
             own = np.append(own, order[0])

@@ -21,17 +21,20 @@ from callbacks import clock
 from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
 from data.checks import whole_number
-from launch import checkpoint, environment
+from launch import checkpoint, environment, exp_manager, foreign
 from launch.command_line import near_misses
 from launch.errors import ConfigError
 from launch.hardware import keep_freed_memory, quieten, resolve_hardware, share_cores
+from launch.restore import Restored, take_architecture
 from launch.run_dir import rank
-from launch.targets import Blueprint, wrong_arguments
+from launch.targets import DATASETS, Blueprint, wrong_arguments
 from models.base import System
 from models.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
 
+# Keys of the model section that are launch's and the data's.
+_NOT_THE_SYSTEMS = (*DATASETS, "restore_from")
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
@@ -48,9 +51,15 @@ class Run:
             clock.restart()  # each job of a sweep accounts for itself
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
-        self.config = config = plain(cfg, typed_keys(self.overrides))
-        config["seed"] = _seed(config["seed"])
+        typed = typed_keys(self.overrides)
+        self.config = plain(cfg, typed)
         self.resume = self._find_resume()
+        self._restored: Restored | None = None
+        if self.config["model"].get("restore_from"):
+            self._restore(cfg, typed)
+        config = self.config
+        config["seed"] = _seed(config["seed"])
+        exp_manager.switch(config, str(self.directory))
         if config["monitor"]["metric"] == "train_loss":
             log.info("there is no data to validate on: no validation, train_loss decides what is best")
         self._forced: dict[str, Any] = {}  # optimiser values that a resumed run does not take from its checkpoint
@@ -60,17 +69,20 @@ class Run:
             self._saved_shapes = checkpoint.shapes(content["state_dict"])
             self._resumed_step = int(content["global_step"])
             self._forced = checkpoint.take_over(self._saved_config, config)
-        self.trainer_section = resolve_hardware(config["trainer"])
+        trainer_section, problems = foreign.supplied(config["trainer"])
+        self.trainer_section = resolve_hardware(trainer_section)
         packages = config["packages"]
-        self._system = Blueprint("model", config["model"], System, packages)
+        model = {key: value for key, value in config["model"].items() if key not in _NOT_THE_SYSTEMS}
+        self._system = Blueprint("model", model, System, packages)
         self._data = Blueprint("data", config["data"], SystemData, packages)
         self._callbacks = _blueprints("callbacks", config["callbacks"], pl.Callback, packages)
         self._loggers = _blueprints("logger", config["logger"], Logger, packages)
 
         parts = [self._system, self._data, *self._callbacks.values(), *self._loggers.values()]
-        problems = [line for part in parts for line in part.problems]
+        problems += [line for part in parts for line in part.problems]
         problems += wrong_arguments("trainer", pl.Trainer, self.trainer_section)
-        problems += disagreements(config["model"], config["data"])
+        problems += disagreements(model, config["data"])
+        problems += exp_manager.problems(config, self._system.cls) + foreign.other_starts(config)
         if problems:
             raise ConfigError("\n".join(problems))
         added = [override.lstrip("+").partition("=")[0] for override in self.overrides if override[0] == "+"]
@@ -84,11 +96,27 @@ class Run:
             log.info("continuing from %s in %s", path, self.directory)
         elif self.config["exp_manager"]["resume_if_exists"]:
             path = checkpoint.newest_readable(self.directory)
+            if path is None and not self.config["exp_manager"]["resume_ignore_no_checkpoint"]:
+                raise ConfigError(f"exp_manager.resume_ignore_no_checkpoint=false: no checkpoint in {self.directory}")
             log.info("resuming %s" if path else "nothing to resume, a new run: %s", path or self.directory)
         else:
             path = None
             log.info("run directory: %s", self.directory)
         return path
+
+    def _restore(self, cfg: DictConfig, typed: set[str]) -> None:
+        """Take the architecture that `model.restore_from` names; of a resumed run that is its checkpoint's."""
+        source = f"model.restore_from={self.config['model']['restore_from']}"
+        if self.config["init_from"]:
+            raise ConfigError(f"{source} and init_from={self.config['init_from']}: give one of them")
+        if self.resume is None:
+            self._restored = Restored(self.config["model"]["restore_from"])
+            take_architecture(cfg, self._restored.model, source, typed)
+        else:
+            log.info("%s is not read again: the run is resumed", source)
+            saved = (read_checkpoint(self.resume).get("config") or {}).get("model") or {}
+            take_architecture(cfg, saved, str(self.resume), typed)
+        self.config = plain(cfg, typed)
 
     def data(self) -> SystemData:
         """The data module; its test data is looked at now, since a mistake in it would show after training only."""
@@ -98,10 +126,12 @@ class Run:
         return data
 
     def system(self) -> System:
-        """The system, with weights from `init_from` if that is given."""
+        """The system, with weights from `model.restore_from` or `init_from` if that is given."""
         system = self._system.build()
         if self.resume is not None and checkpoint.shapes(system.state_dict()) != self._saved_shapes:
             checkpoint.refuse_other_network(self.resume, self._saved_config, self.config)
+        if self._restored is not None:
+            self._restored.load_into(system)
         if path := self.config["init_from"]:
             checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
         return system
@@ -127,7 +157,7 @@ class Run:
             callbacks=list(callbacks.values()),
             logger=loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
-            plugins=[checkpoint.RunCheckpointIO(record)],
+            plugins=[checkpoint.RunCheckpointIO(record, exp_manager.archive_writer(self.config, system))],
             use_distributed_sampler=False,  # our samplers shard; Lightning's would shuffle
         )
 
@@ -200,12 +230,19 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
                 data[key] = None
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
-    no_validation = data.get("val_manifest", "") is None and not data.get("speech_dir")
-    if "monitor" in cfg and (no_validation or switched_off(data, "val")):
-        cfg.monitor = {"metric": "train_loss", "mode": "min"}
+    if "monitor" in cfg and not _validates(data):
+        exp_manager.monitor_training_loss(cfg)
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return container  # type: ignore[return-value]
+
+
+def _validates(data: Any) -> bool:
+    """Whether a data section names examples to validate on."""
+    if "validation_ds" in data:
+        return bool(OmegaConf.select(data, "validation_ds.manifest_filepath"))
+    named = data.get("val_manifest", "") is not None or data.get("speech_dir")
+    return bool(named) and not switched_off(data, "val")
 
 
 def switched_off(data: Any, stage: str) -> str | None:

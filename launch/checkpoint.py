@@ -6,6 +6,7 @@ is models/checkpoint.py.
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,26 +15,39 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from launch.errors import ConfigError
 from launch.run_dir import LAST, newest_run
+from launch.targets import DATASETS
 from models.base import System
 from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain
 
 log = logging.getLogger(__name__)
 
 # Keys of a system, or what they begin with, that have no say in the shapes of its weights, ...
-_NO_SHAPE = ("optim.", "loss.", "scores")
+_NO_SHAPE = ("optim", "loss.", "scores", "masking.", "spec_augment.", "nemo_compat", "restore_from", *DATASETS)
 # ... nor in what its weights mean.
-_NO_MEANING = (*_NO_SHAPE, "level_db", "init_identity")
+_NO_MEANING = (
+    *_NO_SHAPE,
+    "level_db",
+    "init_identity",
+    "encoder.dropout",
+    "encoder.stochastic_depth",
+    "preprocessor.dither",
+)
+# What _report_change does not tell: the data section's copy of the model's, and a file that a resume does not read.
+_TOLD_ELSEWHERE = ("model.restore_from", *(f"data.{name}." for name in DATASETS))
 
 
 class RunCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint file, with the run's record in it, written atomically.
 
     *record*: keys of format 1 that belong to the run, not to the system: config, overrides, versions, git.
+    *save_archive*: writes the weights in another format; called with `<name>.nemo` for each best checkpoint. The
+    archive goes when its checkpoint does.
     """
 
-    def __init__(self, record: dict[str, Any]) -> None:
+    def __init__(self, record: dict[str, Any], save_archive: Callable[[Path], None] | None = None) -> None:
         super().__init__()
         self.record = record
+        self.save_archive = save_archive
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -44,6 +58,12 @@ class RunCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        if self.save_archive is not None and path.name != LAST.name:
+            self.save_archive(path.with_suffix(".nemo"))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        Path(path).with_suffix(".nemo").unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         return read_checkpoint(path, map_location=map_location or "cpu")
@@ -51,8 +71,9 @@ class RunCheckpointIO(TorchCheckpointIO):
 
 def remove_leftovers(folder: Path) -> None:
     """Delete half-written files of killed runs in a checkpoint directory."""
-    for file in folder.glob("*.ckpt.tmp"):
-        file.unlink()
+    for kind in ("ckpt", "nemo"):
+        for file in folder.glob(f"*.{kind}.tmp"):
+            file.unlink()
 
 
 def locate(path: str | Path) -> Path:
@@ -63,8 +84,9 @@ def locate(path: str | Path) -> Path:
     run = newest_run(path)
     if run is None:
         raise CheckpointError(f"{path}: a directory without a checkpoint in it")
-    best = sorted((run / "checkpoints").glob("best*.ckpt"), key=lambda file: file.stat().st_mtime)
-    found = best[-1] if best else max((run / "checkpoints").glob("*.ckpt"), key=lambda f: f.stat().st_mtime)
+    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    best = [file for file in files if file.name != LAST.name]
+    found = (best or files)[-1]
     print(f"checkpoint: {found}")
     return found
 
@@ -193,7 +215,7 @@ def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 def _report_change(key: str, old: Any, new: Any, forced: dict[str, Any], directory: str) -> None:
     if not key.startswith(("model.", "data.", "trainer.", "callbacks.", "monitor.", "seed")):
         return
-    if str(new).startswith(directory):
+    if str(new).startswith(directory) or key.startswith(_TOLD_ELSEWHERE):
         return  # the run directory itself
     name = key.removeprefix("model.optim.")
     if name == key or name in forced:

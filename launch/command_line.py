@@ -1,13 +1,15 @@
 """The command line before Hydra sees it, and what to say when Hydra refuses it.
 
 * Flags move to the front: argparse refuses overrides on both sides of one.
-* `checkpoint=` is `ckpt_path=`.
+* `checkpoint=` is `ckpt_path=`; a value with a `=` in it is quoted.
 * For evaluate, predict and export the checkpoint's own configuration becomes the base that overrides are typed on.
 * When no system is chosen but a typed key exists in exactly one, that system is taken.
+* A configuration that was written for NeMo is recognised, see launch/foreign.py.
 * A mistyped key is answered with the nearest keys, all of them in one message.
 """
 
 import difflib
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +23,14 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from launch import foreign
 from launch.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 # The name under which evaluate.yaml, predict.yaml and export.yaml include the checkpoint's configuration.
 RUN_CONFIGURATION = "run_configuration"
+# The primary configuration of systems that have one of their own.
+_PRIMARY = {"nest": "nest_fast-conformer"}
 # Prefix of the name under which a foreign primary configuration, laid over train.yaml, is stored.
 _OVER_TRAIN = "over_train_"
 
@@ -39,17 +44,23 @@ def prepare(argv: list[str], script: str) -> list[str]:
     typed = parser.parse_intermixed_args(argv)
     if typed.experimental_rerun:
         raise ConfigError("--experimental-rerun loads a pickle and is refused; command.sh of the run repeats it")
-    overrides = [f"ckpt_path={o[11:]}" if o.startswith("checkpoint=") else o for o in typed.overrides]
+    overrides = [_quoted(f"ckpt_path={o[11:]}" if o.startswith("checkpoint=") else o) for o in typed.overrides]
     flags = _without(argv, typed.overrides)
     if typed.help and not _chooses_system(typed, overrides) and script == "train":
         print(_overview())
         raise SystemExit(0)
     if script == "train":
         flags, overrides = _own_sections_for_foreign(flags, overrides, typed)
-        overrides = _infer_system(typed, _anchored(typed, overrides))
+        flags, overrides = _infer_system(typed, flags, _anchored(typed, overrides))
     else:
         overrides = _with_run_configuration(overrides, script)
     return [*flags, *overrides]
+
+
+def _quoted(override: str) -> str:
+    """An override whose value holds a `=`, as names of checkpoints do, in the quotes that Hydra wants then."""
+    key, _, value = override.partition("=")
+    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}()$,") else override
 
 
 def _without(argv: list[str], overrides: list[str]) -> list[str]:
@@ -93,6 +104,11 @@ def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any
     file = folder / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError(f"--config-path={typed.config_path} --config-name={name}: {file} is not there")
+    if foreign.written_for_nemo(content := foreign.read(file)):
+        groups = _names(overrides)
+        if added := [choice for choice in foreign.choices(content) if choice.partition("=")[0] not in groups]:
+            print(f"{file} is written for NeMo: taken with {' '.join(added)}", file=sys.stderr)
+        overrides = [*added, *overrides]
     ConfigStore.instance().store(name=_OVER_TRAIN + name, node={"defaults": ["train", name, "_self_"]}, package=None)
     replaced = {f"--config-name={typed.config_name}", typed.config_name}
     return [_replace_name(flag, replaced, _OVER_TRAIN + name) for flag in flags], overrides
@@ -119,8 +135,12 @@ def systems(extra_dir: str | None = None) -> list[str]:
 
 
 def _chooses_system(typed: Any, overrides: list[str]) -> bool:
-    names = {override.partition("=")[0] for override in overrides}
-    return bool(typed.config_name or names & {"model", "experiment"})
+    return bool(typed.config_name or _names(overrides) & {"model", "experiment"})
+
+
+def _names(overrides: list[str]) -> set[str]:
+    """The keys and groups of overrides."""
+    return {override.partition("=")[0].lstrip("+~") for override in overrides}
 
 
 def _overview() -> str:
@@ -141,25 +161,26 @@ python train.py -m … model.optim.lr=1e-3,3e-4              a sweep
 evaluate.py, predict.py and export.py take ckpt_path=<checkpoint or run directory>."""
 
 
-def _infer_system(typed: Any, overrides: list[str]) -> list[str]:
-    """Add `model=<name>` when the typed keys belong to one system only."""
+def _infer_system(typed: Any, flags: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Choose a system when the typed keys belong to one only: `model=<name>`, or its primary configuration."""
     if _chooses_system(typed, overrides) or typed.hydra_help or typed.info:
-        return overrides
-    names = {override.partition("=")[0].lstrip("+~") for override in overrides}
+        return flags, overrides
+    names = _names(overrides)
     candidates = systems(typed.config_dir)
     having = {
-        system: {name for name in names if "." in name} & _keys_of("train", [f"model={system}"], typed.config_dir)
-        for system in candidates
+        system: {name for name in names if "." in name} & _keys_of(system, typed.config_dir) for system in candidates
     }
-    common = set.intersection(*having.values()) if having else set()
-    owners = [system for system, keys in having.items() if keys - (common if len(candidates) > 1 else set())]
-    # With a single system its own sections decide, else `trainer.devices=1` alone would choose it.
-    if len(candidates) == 1:
-        owners = [s for s in owners if any(key.startswith(("model.", "data.")) for key in having[s])]
+    owners = [
+        system
+        for system, own in having.items()  # all that others have of the typed keys, and more
+        if all(own > other for name, other in having.items() if name != system)
+    ]
     if len(owners) != 1:
         raise ConfigError(f"choose a system: model={'|'.join(candidates)} (or a recipe: experiment={_experiments()})")
-    print(f"model={owners[0]}: the typed keys belong to this system", file=sys.stderr)
-    return [f"model={owners[0]}", *overrides]
+    primary = _PRIMARY.get(owners[0])
+    choice = f"--config-name={primary}" if primary else f"model={owners[0]}"
+    print(f"{choice}: the typed keys belong to this system", file=sys.stderr)
+    return ([choice, *flags], overrides) if primary else (flags, [choice, *overrides])
 
 
 def _experiments() -> str:
@@ -294,9 +315,10 @@ def near_misses(added: list[str], config: DictConfig) -> list[str]:
     return lines
 
 
-def _keys_of(primary: str, overrides: list[str], extra_dir: str | None) -> set[str]:
+@functools.cache  # the folders stay as they are while a process runs
+def _keys_of(system: str, extra_dir: str | None) -> set[str]:
     with _composer(extra_dir, None) as (_, compose):
-        return set(keys(compose(primary, overrides)))
+        return set(keys(compose("train", [f"model={system}"])))
 
 
 class _composer:

@@ -1,5 +1,7 @@
 """Where a run lives: <exp_dir>/<name>/<version or start time>, one directory for all ranks.
 
+In NeMo's layout a run that may be continued lives in <exp_dir>/<name> itself.
+
 The start time is taken once, by the first process, and handed to its children through RUN_STAMP; launchers of many
 machines give all ranks the same stamp through SLURM_JOB_ID or torchrun's --rdzv_id.
 """
@@ -18,6 +20,7 @@ from launch.errors import ConfigError
 
 _STAMP_FORMAT = "%Y%m%d-%H%M%S"
 LAST = Path("checkpoints") / "last.ckpt"
+_EXP_DIR = {"ours": "runs", "nemo": "nemo_experiments"}  # where exp_dir is null
 
 
 def register_resolvers() -> None:
@@ -42,21 +45,28 @@ def log_name(job_name: str) -> str:
     return f"{job_name}_rank{rank()}.log" if rank() and "_ddp_process_" not in job_name else f"{job_name}.log"
 
 
-def run_dir(exp_manager: Any) -> str:
-    """The directory of a run; with `resume_if_exists`, that of the run to continue when there is one."""
-    if exp_manager.resume_if_exists and (found := find_run(exp_manager)) is not None:
+def run_dir(exp_manager: Any, layout: str = "ours") -> str:
+    """The directory of a run; with `resume_if_exists`, that of the run to continue when there is one.
+
+    *layout* `nemo`: `exp_dir` null is another folder, and a run that may be continued has no stamp.
+    """
+    base = _base(exp_manager, layout)
+    if exp_manager.resume_if_exists and (found := find_run(exp_manager, layout)) is not None:
         return str(found)
-    return str(_base(exp_manager) / str(exp_manager.version or _stamp(_base(exp_manager))))
+    if exp_manager.resume_if_exists and layout == "nemo":
+        return str(base / str(exp_manager.version or ""))
+    return str(base / str(exp_manager.version or _stamp(base)))
 
 
-def sweep_dir(exp_manager: Any) -> str:
+def sweep_dir(exp_manager: Any, layout: str = "ours") -> str:
     """The directory of a sweep; each job has a numbered one inside."""
-    return str(_base(exp_manager) / f"sweep-{exp_manager.version or _stamp(_base(exp_manager))}")
+    base = _base(exp_manager, layout)
+    return str(base / f"sweep-{exp_manager.version or _stamp(base)}")
 
 
-def find_run(exp_manager: Any) -> Path | None:
+def find_run(exp_manager: Any, layout: str = "ours") -> Path | None:
     """`version` if given, else the newest directory of this name (itself included) that holds a checkpoint."""
-    base = _base(exp_manager)
+    base = _base(exp_manager, layout)
     candidates = [base / str(exp_manager.version)] if exp_manager.version else [base, *sorted(base.glob("*"))]
     holding = [folder for folder in candidates if any(folder.glob("checkpoints/*.ckpt"))]
     return max(holding, key=_last_saved, default=None)
@@ -79,7 +89,8 @@ def discard_if_unused(folder: Path) -> None:
                 handler.close()
         shutil.rmtree(folder)
         for parent in list(folder.parents)[:3]:  # the sweep's directory, which its next job makes anew; <name>; runs
-            if any(item.name != "multirun.yaml" for item in parent.iterdir()):
+            ours = not Path.cwd().is_relative_to(parent)
+            if not ours or any(item.name != "multirun.yaml" for item in parent.iterdir()):
                 break
             shutil.rmtree(parent)
 
@@ -88,11 +99,11 @@ def _last_saved(folder: Path) -> float:
     return max(file.stat().st_mtime for file in folder.glob("checkpoints/*.ckpt"))
 
 
-def _base(exp_manager: Any) -> Path:
+def _base(exp_manager: Any, layout: str) -> Path:
     name = str(exp_manager.name)
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"exp_manager.name={name}: give a plain folder name; exp_manager.exp_dir says where")
-    return Path(exp_manager.exp_dir or "runs") / name
+    return Path(exp_manager.exp_dir or _EXP_DIR[layout]) / name
 
 
 def _stamp(base: Path) -> str:

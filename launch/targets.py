@@ -16,9 +16,25 @@ from models.checkpoint import find_class
 
 Kind = TypeVar("Kind")
 
-# Classes of other frameworks whose configurations load unchanged: the nested `_target_` is checked here and taken
-# out, since the system builds its parts from its own imports.
-FOREIGN_TARGETS: set[str] = set()
+# Sections that say what the system learns from: typed in the model section, as in NeMo, and given to the data.
+DATASETS = ("train_ds", "validation_ds", "test_ds")
+
+# Classes of other frameworks whose configurations load unchanged, each at the section that it belongs to: the nested
+# `_target_` is checked here and taken out, since the system builds its parts from its own imports.
+_NEMO_MODULES, _NEMO_LOSSES = "nemo.collections.asr.modules", "nemo.collections.asr.losses"
+_AUGMENTOR = f"{_NEMO_MODULES}.ssl_modules.MultiSpeakerNoiseAugmentation"
+FOREIGN_TARGETS = {
+    "model.preprocessor": f"{_NEMO_MODULES}.AudioToMelSpectrogramPreprocessor",
+    "model.spec_augment": f"{_NEMO_MODULES}.SpectrogramAugmentation",
+    "model.masking": f"{_NEMO_MODULES}.RandomBlockMasking",
+    "model.quantizer": f"{_NEMO_MODULES}.RandomProjectionVectorQuantizer",
+    "model.encoder": f"{_NEMO_MODULES}.ConformerEncoder",
+    "model.decoder": f"{_NEMO_MODULES}.MultiSoftmaxDecoder",
+    "model.loss": f"{_NEMO_LOSSES}.MultiMLMLoss",
+    "model.train_ds.batch_augmentor": _AUGMENTOR,
+    "model.validation_ds.batch_augmentor": _AUGMENTOR,
+    "model.test_ds.batch_augmentor": _AUGMENTOR,
+}
 
 
 class Blueprint:
@@ -44,9 +60,11 @@ class Blueprint:
             return [self._without_targets(f"{path}[{index}]", item) for index, item in enumerate(value)]
         if not isinstance(value, dict):
             return value
-        target = value.get("_target_")
-        if target is not None and target not in FOREIGN_TARGETS:
-            self.problems.append(f"{self.address}.{path}._target_={target}: no nested class can be chosen here")
+        key = f"{'model' if path.startswith(DATASETS) else self.address}.{path}"
+        target, known = value.get("_target_"), FOREIGN_TARGETS.get(key)
+        if target is not None and target != known:
+            reason = f"only {known} can stand here" if known else "no nested class can be chosen here"
+            self.problems.append(f"{key}._target_={target}: {reason}")
         return {k: self._without_targets(f"{path}.{k}", v) for k, v in value.items() if k != "_target_"}
 
     def build(self) -> Any:

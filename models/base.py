@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from models.optim import build_optimizer, build_schedule, check_optim
+from models.global_loss import CountedGradient, CountedMeans
+from models.optim import build_optimizer, build_schedule, check_optim, parameter_groups
 
 
 class System(pl.LightningModule, ABC):
@@ -35,14 +36,21 @@ class System(pl.LightningModule, ABC):
     chosen_in_evaluation: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments that evaluate.py may change, because they change no result of the network."""
     sample_rate: int | None = None
+    loss_reduce: str = "global"
+    """Over what a loss with a `loss_count` is the mean: `global`, all that a step of the optimiser sees, on all
+    processes; `local`, each micro-batch of each process, and the step takes the mean of these means."""
 
     def __init__(self, *, optim: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames
         self.optim = dict(optim or {})
         check_optim(self.optim)
+        self.optim_param_groups: dict[str, dict[str, Any]] = {}  # child -> optimiser values of its own
         self.structure: list[dict[str, Any]] = []  # changes to the module tree since construction, in order
         self._metrics: dict[str, Metric] = {}
+        self._means: dict[str, CountedMeans] = {}
+        self._loss_count: Tensor | None = None  # of the batch whose backward is next
+        self._gradient = CountedGradient()
 
     # What a system defines
 
@@ -51,6 +59,8 @@ class System(pl.LightningModule, ABC):
         """What one batch costs: `loss`, further scalars to log, and any tensors that metrics or figures need.
 
         `num_compared`, if there is one, says how many examples the scalars are the mean of; all of them otherwise.
+        `loss_count` `()` says it where they are no examples but what a batch holds of something, such as masked frames;
+        0 is allowed, and the scalars are finite then too. See models/global_loss.py.
         """
 
     def make_metric(self, stage: str) -> Metric | None:
@@ -83,7 +93,29 @@ class System(pl.LightningModule, ABC):
     # Training
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._step_and_log(batch, "train")["loss"]
+        output = self._step_and_log(batch, "train")
+        self._loss_count = output.get("loss_count") if self.loss_reduce == "global" else None
+        return output["loss"]
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._loss_count is not None:
+            loss = self._gradient.weigh(loss, self._loss_count)
+        super().backward(loss, *args, **kwargs)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self._gradient.reset()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        # Here and not in on_before_optimizer_step, where callbacks come first and would see gradients of sums. They are
+        # accumulated and reduced over processes; that fp16's are still scaled makes no difference.
+        def closure() -> Any:
+            loss = optimizer_closure()
+            world_size = self.trainer.world_size  # by which DDP divides, and Lightning by the number of micro-batches
+            scale = float(world_size * self.trainer.accumulate_grad_batches)
+            self._gradient.divide(self.parameters(), scale=scale, distributed=world_size > 1)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._step_and_log(batch, "val")
@@ -102,9 +134,12 @@ class System(pl.LightningModule, ABC):
         scalars = {
             f"{stage}_{name}": value
             for name, value in output.items()
-            if not isinstance(value, Tensor) or value.ndim == 0
+            if name != "loss_count" and (not isinstance(value, Tensor) or value.ndim == 0)
         }
-        self.log_dict(scalars, on_step=training, on_epoch=not training, batch_size=size, sync_dist=not training)
+        if training or "loss_count" not in output:
+            self.log_dict(scalars, on_step=training, on_epoch=not training, batch_size=size, sync_dist=not training)
+        else:
+            self._means.setdefault(stage, CountedMeans()).add(scalars, output["loss_count"])
         if stage in self._metrics:
             self.update_metric(self._metrics[stage], batch, output)
         return output
@@ -115,34 +150,35 @@ class System(pl.LightningModule, ABC):
                 self._metrics[name] = metric
 
     def on_validation_epoch_start(self) -> None:
-        self._reset_metric("val")
+        self._begin_stage("val")
 
     def on_test_epoch_start(self) -> None:
-        self._reset_metric("test")
+        self._begin_stage("test")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metric("val")
+        self._log_stage("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_metric("test")
+        self._log_stage("test")
 
-    def _reset_metric(self, stage: str) -> None:
+    def _begin_stage(self, stage: str) -> None:
+        self._means.pop(stage, None)
         # Not submodules: their states are no weights, and the module tree stays the network's alone.
         if stage in self._metrics:
             self._metrics[stage].to(self.device).reset()
 
-    def _log_metric(self, stage: str) -> None:
+    def _log_stage(self, stage: str) -> None:
+        values: dict[str, Any] = {}
+        if stage in self._means:
+            values |= self._means[stage].compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
         if stage in self._metrics:
-            values = self._metrics[stage].compute()  # already reduced over the ranks
-            self.log_dict(
-                {f"{stage}_{name}": torch.as_tensor(value).float() for name, value in values.items()},
-                sync_dist=True,
-            )
+            metrics = self._metrics[stage].compute()
+            values |= {f"{stage}_{name}": torch.as_tensor(value) for name, value in metrics.items()}
+        # Already reduced over the ranks.
+        self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(
-            (parameter for parameter in self.parameters() if parameter.requires_grad), self.optim
-        )
+        optimizer = build_optimizer(parameter_groups(self, self.optim_param_groups, self.optim), self.optim)
         schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
         if schedule and str(schedule.get("monitor", "")).startswith("val_"):
             schedule["frequency"] = self.trainer.check_val_every_n_epoch or 1  # only epochs with a value of their own

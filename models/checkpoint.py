@@ -14,25 +14,18 @@ Keys of format 1 beside Lightning's own (`state_dict`, `optimizer_states`, `loop
 
 import importlib
 import inspect
-import pickle
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch.torch_version import TorchVersion
-
 from models.base import System
+from models.nemo import is_nemo, read_nemo
+from models.plain import CheckpointError, load_plain
 
 Kind = TypeVar("Kind")
 OWN_PACKAGES = ("models", "data", "callbacks")
 LIBRARY_PACKAGES = ("pytorch_lightning.callbacks", "pytorch_lightning.loggers")
 _LFS_HEAD = b"version https://git-lfs"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
 
 
 def find_class(target: str, kind: type[Kind], packages: Sequence[str] = ()) -> type[Kind]:
@@ -63,7 +56,8 @@ def _inside(module_name: str, packages: Sequence[str]) -> bool:
 
 
 def read_plain(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of any file that torch.save wrote, as long as it is plain containers and tensors.
+    """The content of any file that torch.save wrote, as long as it is plain containers and tensors; of a `.nemo`
+    archive, what `models.nemo.read_nemo` makes of it.
 
     Raises CheckpointError, in one line, for a file that is missing, damaged, or that holds anything else; nothing in it
     is run.
@@ -73,16 +67,9 @@ def read_plain(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]
         raise CheckpointError(f"{path}: no such checkpoint file")
     if reason := _other_kind(path):
         raise CheckpointError(f"{path}: {reason}")
-    try:
-        with torch.serialization.safe_globals([TorchVersion]):  # a str, in files of other frameworks
-            content = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused, it holds more than plain data ({_cause(error)})") from error
-    except Exception as error:  # torch has no error class of its own for a damaged archive
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({_cause(error)})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint or a state dict")
-    return content
+    if is_nemo(path):
+        return read_nemo(path, map_location=map_location)
+    return load_plain(path, path, map_location=map_location)
 
 
 def _other_kind(path: Path) -> str | None:
@@ -120,14 +107,6 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
             f"{path}: written in format {version}; this version reads up to {System.FORMAT_VERSION}, update it"
         )
     return content
-
-
-def _cause(error: Exception) -> str:
-    """The telling line of torch's long messages, without its advice to ask for support or to trust the file."""
-    lines = [re.sub(r"^Please file an issue.*WeightsUnpickler error:", "", line) for line in str(error).splitlines()]
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("Weights only load failed")]
-    telling = [line for line in lines if "unsupported" in line.lower()]
-    return (telling or lines or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[str] = ()) -> System:

@@ -2,13 +2,14 @@
 
 Two decisions: names are those of torch.optim in lower case, so there is no list of ours to keep; and both sections
 are flat (one key has one meaning whichever optimiser or schedule is chosen), so that a switch is one override:
-`model.optim.name=sgd`, `model.optim.sched.name=cosine`.
+`model.optim.name=sgd`, `model.optim.sched.name=cosine`. NeMo's spellings of schedules are taken too.
 """
 
 import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from models.muon import Muon
 
 log = logging.getLogger(__name__)
 
-SCHEDULES = (None, "none", "halving", "plateau", "cosine")
+_SCHEDULES = {
+    None: None,
+    "none": None,
+    "halving": "halving",
+    "plateau": "halving",
+    "cosine": "cosine",
+    "CosineAnnealing": "cosine",
+    "noam": "noam",
+    "NoamAnnealing": "noam",
+}
 # Keys that belong to some optimisers only: without effect, not wrong, when another one is chosen.
 _FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
 # How a step is computed, which depends on where the parameters are.
@@ -30,7 +40,10 @@ _SCHED_LIMITS = {
     "patience": (0, math.inf),
     "min_lr": (0, math.inf),
     "warmup_steps": (0, math.inf),
+    "warmup_ratio": (0, 1),
+    "d_model": (1, math.inf),
 }
+_MAY_BE_NULL = {"warmup_steps", "warmup_ratio", "d_model"}
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 
 
@@ -52,22 +65,31 @@ def check_optim(optim: dict[str, Any]) -> None:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.optim: {factory.__name__} refuses its values ({error})") from error
-    sched = optim.get("sched") or {}
+    _check_schedule(optim.get("sched") or {}, options.get("lr", defaults.get("lr")))
+
+
+def _check_schedule(sched: dict[str, Any], lr: Any) -> None:
     known = set(inspect.signature(build_schedule).parameters) - {"optimizer", "total_steps"}
     if wrong := sorted(set(sched) - known):
         raise ValueError(f"model.optim.sched has no {', '.join(wrong)}; it has {', '.join(sorted(known))}")
-    if sched.get("name") not in SCHEDULES:
-        raise ValueError(_no_such_schedule(sched.get("name")))
+    family = _family(sched.get("name"))
     for key, (least, most) in _SCHED_LIMITS.items():
-        if key in sched and not (is_number(sched[key]) and least <= sched[key] <= most):
+        if key not in sched or (sched[key] is None and key in _MAY_BE_NULL):
+            continue
+        if not (is_number(sched[key]) and least <= sched[key] <= most):
             limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
             raise ValueError(f"model.optim.sched.{key} must be a number {limits}, got {sched[key]!r}")
-    if sched.get("name") == "cosine" and options.get("lr") == 0:
+    if family == "cosine" and lr == 0:
         raise ValueError("model.optim.lr=0 has no cosine schedule; give it a value, or model.optim.sched.name=none")
+    if family in ("cosine", "noam"):
+        _check_warmup(sched.get("warmup_steps"), sched.get("warmup_ratio"))
+        _lowest_share(lr, sched.get("min_lr", 0.0))
+    if family == "noam":
+        _check_width(sched.get("d_model"))
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -> Optimizer:
-    """The optimiser that `optim` names, over the given parameters.
+def build_optimizer(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], optim: dict[str, Any]) -> Optimizer:
+    """The optimiser that `optim` names, over the given parameters, or over groups of them (`parameter_groups`).
 
     *optim*: `{name, lr, …, sched}`; keys that are null keep torch's default.
 
@@ -75,6 +97,40 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: dict[str, Any]) -
     """
     factory, options = _factory_and_options(optim)
     return factory(parameters, **options)
+
+
+def parameter_groups(
+    module: nn.Module, groups: dict[str, dict[str, Any]], optim: dict[str, Any]
+) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """What *module* trains, for `build_optimizer`: the children that *groups* names with values of their own.
+
+    *groups*: child -> values that take the place of those in *optim*, such as `{encoder: {lr: 1.0}}`; NeMo's
+    `optim_param_groups`. All else is the first group; without any the answer is a list of parameters.
+
+    Raises ValueError for a child that is not there or has nothing to train, and for values that `optim` may not have.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not groups:
+        return trained
+    key = "model.optim_param_groups"
+    if _optimizer_class(str(optim.get("name") or "adam")) is Muon:
+        raise ValueError(f"{key}: muon makes groups of its own; choose another model.optim.name, or none of these")
+    children, rest, found = dict(module.named_children()), {id(p): p for p in trained}, []
+    for name, values in groups.items():
+        if name not in children:
+            raise ValueError(f"{key}.{name}: no such part of the model; choose from {', '.join(children)}")
+        if not isinstance(values, dict) or {"name", "sched"} & set(values):
+            raise ValueError(f"{key}.{name} must be values for its parameters, such as {{lr: 0.1}}, got {values!r}")
+        try:
+            check_optim({**optim, **values})
+            options = _factory_and_options({"name": optim.get("name"), **values})[1]
+        except ValueError as error:
+            raise ValueError(f"{key}.{name}: {error}") from error
+        own = [rest.pop(id(p)) for p in children[name].parameters() if id(p) in rest]
+        if not own:
+            raise ValueError(f"{key}.{name} has no parameters to train that are not in another group")
+        found.append({"params": own, **options})
+    return [{"params": list(rest.values())}, *found] if rest else found
 
 
 def is_number(value: Any) -> bool:
@@ -126,38 +182,82 @@ def build_schedule(
     factor: float = 0.5,
     patience: int = 3,
     min_lr: float = 0.0,
-    warmup_steps: int = 0,
+    warmup_steps: int | None = None,
+    warmup_ratio: float | None = None,
+    d_model: int | None = None,
 ) -> dict[str, Any] | None:
     """Lightning's description of a schedule, or None for a constant rate.
 
     * `none`: constant.
     * `halving` (also `plateau`): the rate times `factor` once `monitor` has not improved for `patience` epochs with
       validation, never below `min_lr`.
-    * `cosine`: linear warm-up over `warmup_steps`, then half a cosine down to `min_lr` at `total_steps` (optimiser
-      steps of the whole run).
+    * `cosine` (also `CosineAnnealing`): linear warm-up over `warmup_steps`, then half a cosine down to `min_lr` at
+      `total_steps` (optimiser steps of the whole run).
+    * `noam` (also `NoamAnnealing`): see `noam_share`; after the warm-up never below `min_lr`.
 
-    Raises ValueError for an unknown name and for a cosine over a run without an end.
+    `warmup_ratio` gives the warm-up as a share of `total_steps` instead.
+
+    Raises ValueError for an unknown name, for what needs an end over a run without one, and for values that do not go
+    together.
     """
-    if name in (None, "none"):
+    family = _family(name)
+    if family is None:
         return None
-    if name in ("halving", "plateau"):
+    if family == "halving":
         plateau = ReduceLROnPlateau(optimizer, mode=mode, factor=factor, patience=patience, min_lr=min_lr)  # type: ignore[arg-type]
         # Not strict: epochs that end before the first validation have nothing to compare.
         return {"scheduler": plateau, "monitor": monitor, "interval": "epoch", "strict": False}
-    if name == "cosine":
-        if not 0 < total_steps < math.inf:
-            raise ValueError("model.optim.sched.name=cosine needs an end: set trainer.max_steps or trainer.max_epochs")
-        floor = min_lr / optimizer.param_groups[0]["lr"]
+    _check_warmup(warmup_steps, warmup_ratio)
+    needy = f"name={name}" if family == "cosine" else "warmup_ratio" if warmup_ratio is not None else None
+    if needy and not 0 < total_steps < math.inf:
+        raise ValueError(f"model.optim.sched.{needy} needs an end: set trainer.max_steps or trainer.max_epochs")
+    warmup = warmup_steps or 0 if warmup_ratio is None else int(warmup_ratio * total_steps)
 
-        def relative_rate(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / (warmup_steps + 1)
-            progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    def share(step: int, floor: float) -> float:
+        if family == "noam":
+            value = noam_share(step, d_model=_check_width(d_model), warmup_steps=warmup)
+            return value if step <= warmup else max(value, floor)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-        return {"scheduler": LambdaLR(optimizer, relative_rate), "interval": "step"}
-    raise ValueError(_no_such_schedule(name))
+    floors = [_lowest_share(group["lr"], min_lr) for group in optimizer.param_groups]
+    scheduler = LambdaLR(optimizer, [partial(share, floor=floor) for floor in floors])
+    return {"scheduler": scheduler, "interval": "step"}
 
 
-def _no_such_schedule(name: str | None) -> str:
-    return f"model.optim.sched.name={name}: no such schedule; choose from none, halving, cosine"
+def noam_share(step: int, *, d_model: int, warmup_steps: int) -> float:
+    """The share of the rate at a step, d_model^-0.5 min(s^-0.5, s warmup^-1.5) with s the step, at least 1.
+
+    Vaswani et al., "Attention is all you need", 2017, equation 3, with steps counted as NeMo does: from 0, so that the
+    first two have one rate. Without a warm-up it falls from the start.
+    """
+    s = max(1, step)
+    rise = s * warmup_steps**-1.5 if warmup_steps > 0 else math.inf
+    return d_model**-0.5 * min(s**-0.5, rise)
+
+
+def _family(name: str | None) -> str | None:
+    if not (name is None or isinstance(name, str)) or name not in _SCHEDULES:
+        choices = "none, halving, cosine, noam (NeMo's CosineAnnealing, NoamAnnealing)"
+        raise ValueError(f"model.optim.sched.name={name}: no such schedule; choose from {choices}")
+    return _SCHEDULES[name]
+
+
+def _check_warmup(warmup_steps: float | None, warmup_ratio: float | None) -> None:
+    if warmup_steps is not None and warmup_ratio is not None:
+        both = f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio}"
+        raise ValueError(f"model.optim.sched has {both}: set one of them to null")
+
+
+def _check_width(d_model: int | None) -> int:
+    if d_model is None:
+        raise ValueError("model.optim.sched.d_model is missing: NoamAnnealing needs the width of the encoder")
+    return d_model
+
+
+def _lowest_share(lr: float, min_lr: float) -> float:
+    if lr < min_lr:
+        raise ValueError(f"model.optim.lr={lr} is below model.optim.sched.min_lr={min_lr}")
+    return min_lr / lr if min_lr else 0.0

@@ -61,6 +61,21 @@ TINY_ECHO = [
     "trainer.accelerator=cpu",
 ]
 
+TINY_NEST = [
+    "model.num_classes=16",
+    "model.encoder.d_model=16",
+    "model.encoder.n_heads=2",
+    "model.encoder.n_layers=2",
+    "model.encoder.subsampling_conv_channels=4",
+    "model.train_ds.min_duration=0.1",
+    "model.validation_ds.min_duration=0.1",
+    "model.train_ds.batch_size=4",
+    "model.validation_ds.batch_size=4",
+    "model.masking.mask_prob=0.05",
+    "data.loader.num_workers=0",
+    "trainer.accelerator=cpu",
+]
+
 
 def _existing_folder(text: str) -> str:
     if not Path(text).is_dir():

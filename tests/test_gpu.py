@@ -6,18 +6,27 @@ import pytest
 import torch
 
 from models.checkpoint import read_checkpoint
-from tests.conftest import TINY, TINY_ECHO
+from tests.conftest import TINY, TINY_ECHO, TINY_NEST
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
 ]
-TINY_OF = {"conv_tasnet": TINY, "deepvqe": [*TINY_ECHO, "model.loss.snr_weight=0.02", "model.loss.delay_weight=0.02"]}
+TINY_OF = {
+    "conv_tasnet": TINY,
+    "deepvqe": [*TINY_ECHO, "model.loss.snr_weight=0.02", "model.loss.delay_weight=0.02"],
+    "nest": TINY_NEST,
+}
 
 
 @pytest.mark.parametrize("system", TINY_OF)
 @pytest.mark.parametrize("precision", ["null", "16-mixed"])
-def test_trains_and_resumes(script, manifests: list[str], in_tmp: Path, precision: str, system: str) -> None:
+def test_trains_and_resumes(
+    script, corpus: Path, manifests: list[str], in_tmp: Path, precision: str, system: str
+) -> None:
+    if system == "nest":
+        parts = {"train": "train", "val": "validation", "test": "test"}
+        manifests = [f"model.{ds}_ds.manifest_filepath={corpus / f'{part}.jsonl'}" for part, ds in parts.items()]
     tiny = [argument for argument in TINY_OF[system] if not argument.startswith("trainer.accelerator")]
     options = [f"model={system}", "debug=fast", f"trainer.precision={precision}", "trainer.devices=1"]
     base = [*options, *tiny, *manifests]

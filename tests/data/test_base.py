@@ -247,6 +247,24 @@ class Listed(SystemData):
         return self.rows(stage)
 
 
+@pytest.mark.parametrize(
+    "options, validations, says",
+    [
+        ({"val_check_interval": 8}, 1, "trainer.val_check_interval=8 is more than the 6 batches of an epoch"),
+        ({"val_check_interval": 5, "limit_train_batches": 4}, 1, "is more than the 4 batches of an epoch"),
+        ({"val_check_interval": 4, "limit_train_batches": 0.5}, 1, "is more than the 3 batches of an epoch"),
+        ({"val_check_interval": 6}, 2, ""),
+        ({"val_check_interval": 1.0}, 2, ""),
+        ({"val_check_interval": 8, "check_val_every_n_epoch": None}, 1, ""),
+    ],
+)
+def test_a_validation_interval_of_more_than_an_epoch(caplog, options, validations, says):
+    with caplog.at_level(logging.INFO, logger="data.base"):
+        model, _, _ = fit(**options)
+    assert len(model.validated) == 2 * validations  # two batches each
+    assert (says in caplog.text) if says else not caplog.text
+
+
 def test_each_stage_reads_its_own_manifest_once(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"audio_filepath": "a.wav", "duration": 1.0}) + "\n")
     data = Listed(test_manifest=str(tmp_path / "a.jsonl"), train_manifest=str(tmp_path / "missing.jsonl"))
@@ -279,7 +297,7 @@ def test_too_little_data_for_a_batch():
     data = PointData(loader={"num_workers": 0})
     data.batch_sizes["train"] = 64
     data.setup("fit")
-    with pytest.raises(DataError, match="13 training examples"):
+    with pytest.raises(DataError, match="13 examples are not one batch of 64"):
         data.train_dataloader()
 
 

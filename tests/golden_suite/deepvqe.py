@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from models.importers.deepvqe import arguments_of, convert, number_of_decoders, our_block
 from modules.deepvqe import DeepVQE
 from tests.golden_suite import deepvqe_blocks, deepvqe_losses
-from tests.golden_suite.deepvqe_reference import Reference, close
+from tests.golden_suite.reference import Reference, close
 from tests.golden_suite.suite import Case, Check, GoldenError, read_tensors
 
 NETWORK = 1e-4  # of outputs and what layers give, absolute plus relative

@@ -18,7 +18,7 @@ from modules.alignment import SoftAlignment
 from modules.complex_mask import complex_convolving_mask
 from modules.deepvqe import Bottleneck, DecoderBlock, EncoderBlock, ResidualBlock, SubpixelConv, compress_spectrum
 from modules.stft import STFT
-from tests.golden_suite.deepvqe_reference import Kind, Reference, close
+from tests.golden_suite.reference import Kind, Reference, close
 from tests.golden_suite.suite import Check, GoldenError
 
 BLOCK = 1e-5  # absolute plus relative

@@ -21,7 +21,7 @@ from metrics.echo import estimated_delay
 from modules.complex_mask import IDENTITY_CHANNEL, complex_convolving_mask
 from modules.stft import STFT
 from tests.golden_suite.deepvqe_blocks import WINDOWS
-from tests.golden_suite.deepvqe_reference import Kind, Reference
+from tests.golden_suite.reference import Kind, Reference
 from tests.golden_suite.suite import Check, GoldenError, read_json
 
 LOSS = 1e-5  # relative

@@ -29,6 +29,13 @@ def test_flags_may_stand_anywhere() -> None:
     assert command_line.prepare(prepared, "train") == prepared, "children of a distributed run start from the result"
 
 
+def test_values_with_an_equals_sign_are_quoted() -> None:
+    typed = ["ckpt_path=a--val_loss=1.2.ckpt", "x='a=b'", "x=[a=b]", "model.lr=1,2", "checkpoint=a=b", "y"]
+    prepared = command_line.prepare(["model=conv_tasnet", *typed], "train")[1:]
+    assert prepared == ["ckpt_path='a--val_loss=1.2.ckpt'", *typed[1:4], "ckpt_path='a=b'", "y"]
+    assert command_line.prepare(["model=conv_tasnet", *prepared], "train")[1:] == prepared
+
+
 def test_precedence(script, in_tmp: Path) -> None:
     """typed > experiment > model file > default"""
     default = composed(script, ["model=conv_tasnet"], in_tmp)

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.errors import ConfigError
-from launch.run_dir import find_run, log_name, run_dir, sweep_dir
+from launch.run_dir import discard_if_unused, find_run, log_name, run_dir, sweep_dir
 
 
 def manager(**values):
@@ -67,6 +67,32 @@ def test_the_run_to_resume(in_tmp: Path) -> None:
     assert run_dir(manager(resume_if_exists=True)) == "runs/x/0"
     itself = holding(Path("runs/x"))
     assert find_run(manager()) == itself
+
+
+def test_nemos_layout(in_tmp: Path) -> None:
+    """Without a stamp where a run may be continued; below it with a version, or when each run is a new one."""
+    resuming = {"resume_if_exists": True}
+    assert run_dir(manager(**resuming), "nemo") == "nemo_experiments/x"
+    assert run_dir(manager(**resuming, version="v", exp_dir="e"), "nemo") == "e/x/v"
+    assert run_dir(manager(), "nemo").startswith("nemo_experiments/x/2")
+    assert sweep_dir(manager(version="v"), "nemo") == "nemo_experiments/x/sweep-v"
+    holding(Path("nemo_experiments/x/v"))
+    assert run_dir(manager(**resuming), "nemo") == "nemo_experiments/x/v"
+    holding(Path("nemo_experiments/x"))
+    assert run_dir(manager(**resuming), "nemo") == "nemo_experiments/x"
+
+
+def test_what_is_discarded(in_tmp: Path) -> None:
+    """A run that never began, and the folders made for it; not the current folder, however empty."""
+    for folder in (in_tmp / "runs/x/1", in_tmp / "nemo_experiments/x"):
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / "train.log").touch()
+        discard_if_unused(folder)
+        assert in_tmp.is_dir() and not any(in_tmp.iterdir())
+    began = holding(in_tmp / "nemo_experiments/x")
+    (began / ".hydra").mkdir()
+    discard_if_unused(began)
+    assert (began / ".hydra").is_dir()
 
 
 def test_everything_of_a_run_is_in_its_directory(trained: Path) -> None:

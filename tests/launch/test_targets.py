@@ -13,6 +13,11 @@ MODEL = {"_target_": "models.conv_tasnet.ConvTasNet"}
 DATA = {"_target_": "data.mixtures.SeparationData", "train_manifest": "x.jsonl"}
 
 
+SPEECH = {"_target_": "data.ssl.SelfSupervisedData", "train_ds": {"manifest_filepath": "x"}, "validation_ds": None}
+SPEECH |= {"test_ds": None}
+AUGMENTOR = "nemo.collections.asr.modules.ssl_modules.MultiSpeakerNoiseAugmentation"
+
+
 def refused(section: str, typed: dict[str, Any]) -> str:
     blueprint = {
         "model": lambda: Blueprint("model", MODEL | typed, System),
@@ -39,3 +44,15 @@ def refused(section: str, typed: dict[str, Any]) -> str:
 )
 def test_the_key_as_it_is_typed(section: str, typed: dict[str, Any], expected: str) -> None:
     assert refused(section, typed).startswith(expected)
+
+
+def test_a_foreign_class_at_its_place_only() -> None:
+    right = SPEECH | {"train_ds": {"batch_augmentor": {"_target_": AUGMENTOR, "prob": 0.5}}}
+    blueprint = Blueprint("data", right, SystemData)
+    assert not blueprint.problems
+    assert blueprint.arguments["train_ds"] == {"batch_augmentor": {"prob": 0.5}}
+    wrong = SPEECH | {"train_ds": {"batch_augmentor": {"_target_": "nemo.X"}, "augmentor": {"_target_": AUGMENTOR}}}
+    assert Blueprint("data", wrong, SystemData).problems == [
+        f"model.train_ds.batch_augmentor._target_=nemo.X: only {AUGMENTOR} can stand here",
+        f"model.train_ds.augmentor._target_={AUGMENTOR}: no nested class can be chosen here",
+    ]

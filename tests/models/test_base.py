@@ -4,12 +4,14 @@ import inspect
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
+from omegaconf import OmegaConf
 
+from launch.build import _NOT_THE_SYSTEMS as NOT_THE_SYSTEMS
 from models.base import System
 from models.checkpoint import find_class
 from models.conv_tasnet import ConvTasNet
@@ -22,16 +24,28 @@ SMALL = dict(num_filters=8, bottleneck_channels=4, hidden_channels=8, skip_chann
 @pytest.mark.parametrize("file", sorted((CONFIG / "model").glob("*.yaml")), ids=lambda f: f.stem)
 def test_one_key_for_each_constructor_argument(file: Path) -> None:
     """The YAML is the manual: it names every argument, and nothing else."""
-    node = yaml.safe_load(file.read_text())["model"]
+    node = OmegaConf.to_container(OmegaConf.load(file), resolve=True)["model"]
+    node = {key: value for key, value in node.items() if key not in NOT_THE_SYSTEMS}
     system = find_class(node.pop("_target_"), System)
     parameters = {name: p for name, p in inspect.signature(system).parameters.items()}
     assert set(node) == set(parameters)
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
-    defaults = system().hparams
+    with torch.device("meta"):
+        plain, typed = system(), system(**without_targets(node))
     for name in parameters:
-        if name != "optim":
-            default = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
+        default = list(plain.hparams[name]) if isinstance(plain.hparams[name], tuple) else plain.hparams[name]
+        if name != "optim" and default is not None:
             assert node[name] == default, f"{name}: YAML and constructor disagree"
+    # Sections of parts have their defaults in these.
+    assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in typed.named_parameters()}
+    assert repr(plain) == repr(typed)
+
+
+def without_targets(node: Any) -> Any:
+    """As launch hands a section on."""
+    if not isinstance(node, dict):
+        return node
+    return {key: without_targets(value) for key, value in node.items() if key != "_target_"}
 
 
 def test_arguments_travel_in_the_checkpoint() -> None:

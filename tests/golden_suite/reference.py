@@ -1,4 +1,4 @@
-"""A golden file of DeepVQE that knows which of its tensors nobody has asked for, and how near is near enough."""
+"""A golden file that knows which of its tensors nobody has asked for, and how near is near enough."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

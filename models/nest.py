@@ -1,0 +1,320 @@
+"""NEST: self-supervised pre-training of a Fast-Conformer by masked prediction of random-projection tokens.
+
+Huang et al., "NEST: Self-supervised Fast Conformer as All-purpose Seasoning to Speech Processing Tasks", 2024
+(arXiv 2408.13106). The modules, their names, the configuration and the numbers are those of NeMo 3.0.0's
+`EncDecDenoiseMaskedTokenPredModel`; where its known faults are not reproduced, see docs/nemo.md.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from losses.masked_prediction import masked_nll, selected_frames
+from metrics.masked_prediction import MaskedPredictionMetrics
+from models.base import System
+from models.nemo import write_nemo
+from models.optim import parameter_groups
+from modules.block_masking import RandomBlockMasking
+from modules.conformer import ConformerEncoder
+from modules.masked_subsampling import MaskedSubsampling
+from modules.mel import MelPreprocessor
+from modules.quantizer import RandomProjectionVectorQuantizer
+from modules.softmax_decoder import MultiSoftmaxDecoder
+
+_LOSS = {"combine_time_steps": 8, "mask_threshold": 0.8, "num_decoders": 1, "squeeze_single": False, "reduce": "global"}
+# What NeMo calls the parts, for the archives that it reads.
+_MODULES = "nemo.collections.asr.modules."
+TARGETS = {
+    "preprocessor": f"{_MODULES}AudioToMelSpectrogramPreprocessor",
+    "spec_augment": f"{_MODULES}SpectrogramAugmentation",
+    "masking": f"{_MODULES}RandomBlockMasking",
+    "quantizer": f"{_MODULES}RandomProjectionVectorQuantizer",
+    "encoder": f"{_MODULES}ConformerEncoder",
+    "decoder": f"{_MODULES}MultiSoftmaxDecoder",
+    "loss": "nemo.collections.asr.losses.MultiMLMLoss",
+}
+_ASKS_FOR_NOTHING = (("reduction_factor", 1), ("use_torchaudio", False), ("sync_max_audio_length", True))
+NEMO_VERSION = "3.0.0"  # whose network this is
+NEMO_MODEL = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"
+ARCHITECTURE = (
+    "sample_rate",
+    "num_classes",
+    "num_books",
+    "code_dim",
+    "squeeze_single",
+    "mask_position",
+    *TARGETS,
+)
+"""The keys of a model section that say what the network is; an archive's take the place of ours."""
+
+
+class NEST(System):
+    """A Fast-Conformer that predicts the tokens of clean speech from noisy, masked speech.
+
+    Each section takes the keys of NeMo's class of that name (`_target_` is ignored) and defaults to NeMo's values.
+
+    Args:
+        sample_rate: in Hz.
+        num_classes, num_books, code_dim: of the codebooks.
+        squeeze_single: no axis for the books where there is one.
+        mask_position: `pre_conv` masks mel frames; `post_conv` sub-sampled frames, and `masking.feat_in`,
+            `masking.block_size`, `quantizer.feat_in`, `combine_time_steps` are brought in line with them.
+        nemo_compat: reproduce NeMo's known faults: masks from the global generator, a loss of NaN where nothing is
+            masked, `reduce: local`, validation loss as the mean of the batches' means.
+        preprocessor: see `MelPreprocessor`. spec_augment: never applied, kept for the configuration's sake.
+        masking: see `RandomBlockMasking`. quantizer: see `RandomProjectionVectorQuantizer`.
+        encoder: see `ConformerEncoder`. decoder: see `MultiSoftmaxDecoder`.
+        loss: `combine_time_steps`, `mask_threshold`, and `reduce`: `global` is the mean over the masked frames of all
+            processes and micro-batches of a step, `local` the mean of their means.
+        optim, optim_param_groups: see models/optim.py.
+
+    Raises:
+        ValueError: a section has an unknown key, or values that do not fit together.
+    """
+
+    inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
+    outputs: ClassVar[dict[str, str]] = {"features": "array"}
+    not_exportable = "the encoder is not exported yet"
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int = 16000,
+        num_classes: int = 8192,
+        num_books: int = 1,
+        code_dim: int = 16,
+        squeeze_single: bool = False,
+        mask_position: str = "pre_conv",
+        nemo_compat: bool = False,
+        preprocessor: dict[str, Any] | None = None,
+        spec_augment: dict[str, Any] | None = None,
+        masking: dict[str, Any] | None = None,
+        quantizer: dict[str, Any] | None = None,
+        encoder: dict[str, Any] | None = None,
+        decoder: dict[str, Any] | None = None,
+        loss: dict[str, Any] | None = None,
+        optim: dict[str, Any] | None = None,
+        optim_param_groups: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(optim=optim)
+        if mask_position not in ("pre_conv", "post_conv"):
+            raise ValueError(f"mask_position must be pre_conv or post_conv, got {mask_position!r}")
+        self.sample_rate, self.mask_position, self.nemo_compat = sample_rate, mask_position, nemo_compat
+        mel = {"sample_rate": sample_rate} | (preprocessor or {})
+        _agree("preprocessor.sample_rate", mel["sample_rate"], "sample_rate", sample_rate)
+        self.preprocessor: MelPreprocessor = _part("preprocessor", MelPreprocessor, mel)
+        features = self.preprocessor.featurizer.fb.shape[1]
+        encoder = {"feat_in": features, "feat_out": -1, "d_model": 512, "subsampling_factor": 8} | (encoder or {})
+        _agree("encoder.feat_in", encoder["feat_in"], "preprocessor.features", features)
+        self.encoder: ConformerEncoder = _part("encoder", ConformerEncoder, encoder)
+        width, factor = encoder["d_model"], encoder["subsampling_factor"]
+        encoded_width = encoder["feat_out"] if encoder["feat_out"] > 0 else width
+        books = {"num_classes": num_classes, "code_dim": code_dim, "num_books": num_books}
+        books |= {"feat_in": features, "combine_time_steps": factor, "squeeze_single": squeeze_single}
+        quantizer = books | (quantizer or {})
+        masking = {"feat_in": features, "block_size": 40, "mask_prob": 0.01, "allow_overlap": True} | (masking or {})
+        self.loss = _section("loss", loss, _LOSS | {"combine_time_steps": factor, "num_decoders": num_books})
+        if mask_position == "post_conv":
+            quantizer, masking = _after_subsampling(quantizer, masking, width, factor)
+            self.loss["combine_time_steps"] = 1
+        self.quantizer: RandomProjectionVectorQuantizer = _part("quantizer", RandomProjectionVectorQuantizer, quantizer)
+        self.mask_processor: RandomBlockMasking = _part("masking", RandomBlockMasking, masking)
+        decoder = {"feat_in": encoded_width, "num_classes": num_classes, "num_decoders": num_books} | (decoder or {})
+        decoder = {"squeeze_single": squeeze_single, "use_bias": True} | decoder
+        self.decoder: MultiSoftmaxDecoder = _part("decoder", MultiSoftmaxDecoder, decoder)
+        for key, module, ours in (("num_classes", "quantizer", num_classes), ("num_books", "quantizer", num_books)):
+            _agree(f"{module}.{key}", quantizer[key], key, ours)
+        _agree("decoder.num_classes", decoder["num_classes"], "num_classes", num_classes)
+        _agree("decoder.num_decoders", decoder["num_decoders"], "num_books", num_books)
+        _agree("decoder.feat_in", decoder["feat_in"], "the encoder's", encoded_width)
+        _agree(
+            "loss.combine_time_steps", self.loss["combine_time_steps"], "quantizer's", quantizer["combine_time_steps"]
+        )
+        if self.loss["reduce"] not in ("global", "local"):
+            raise ValueError(f"loss.reduce must be global or local, got {self.loss['reduce']!r}")
+        self.loss_reduce = "local" if nemo_compat else self.loss["reduce"]
+        if mask_position == "post_conv":
+            self.pre_encoder = MaskedSubsampling(self.encoder.pre_encode, self.mask_processor)
+            self.encoder.pre_encode = self.pre_encoder
+            # They never get a gradient, which DDP would wait for (torch's name for what it leaves alone).
+            self._ddp_params_and_buffers_to_ignore = [
+                name for name, _ in self.named_parameters(remove_duplicate=False) if "pre_encode." in name
+            ]
+        self.num_books, self.num_classes = num_books, num_classes
+        self.optim_param_groups = dict(optim_param_groups or {})
+        parameter_groups(self, self.optim_param_groups, self.optim)  # a wrong one is found here
+        self.register_buffer("num_empty_batches", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def encode(self, audio: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of recordings, nothing masked.
+
+        Shape: `(B, S)`, `(B,)` -> `(B, D, T')`, `(B,)`.
+        """
+        return self.encoder(*self.preprocessor(audio, length))
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """(B, S) -> (B, D, T')"""
+        return self.encode(audio, torch.full((len(audio),), audio.shape[-1], device=audio.device))[0]
+
+    def predict_masked(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        noisy_length: Tensor,
+        *,
+        mask: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probabilities of the tokens, where the noisy features are masked.
+
+        *clean*, *noisy*: mel features `(B, F, T)`. *mask*: the frames to hide, `(B, T)` of the mels or, after the
+        sub-sampling, `(B, T')`; None draws it from *seeds* `(B,)`, or from torch's generator without.
+
+        Returns log-probabilities `(B, T', C, N)`, their number of frames `(B,)`, tokens `(B, T', N)` and the mask.
+        Without an axis N where `squeeze_single` says so.
+        """
+        if self.mask_position == "post_conv":
+            return self._predict_masked_frames(clean, noisy, noisy_length, mask, seeds)
+        tokens = self.quantizer(clean)
+        if mask is None:
+            mask = self.mask_processor.draw(noisy.shape[-1], noisy_length, seeds)
+        encoded, length = self.encoder(self.mask_processor.hide(noisy, mask), noisy_length)
+        num_tokens = tokens.shape[1]  # causal_downsampling makes a frame more, on which NeMo stops
+        return self.decoder(encoded[..., :num_tokens]), length.clamp(max=num_tokens), tokens, mask
+
+    def _predict_masked_frames(
+        self, clean: Tensor, noisy: Tensor, noisy_length: Tensor, mask: Tensor | None, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, masked after the sub-sampling. NeMo 3.0.0 crashes here; this is what its parent class does."""
+        targets, _ = self.pre_encoder(clean.transpose(1, 2), noisy_length)  # (B, T', D)
+        frames, length = self.pre_encoder(noisy.transpose(1, 2), noisy_length)
+        tokens = self.quantizer(targets.transpose(1, 2))
+        if mask is None:
+            mask = self.mask_processor.draw(frames.shape[1], length, seeds)
+        masked = self.mask_processor.hide(frames.transpose(1, 2), mask).transpose(1, 2)
+        encoded, length = self.encoder.contextualise(masked, length)
+        return self.decoder(encoded), length, tokens, mask
+
+    def masked_loss(self, log_probs: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the losses of the masked frames, the number of these `()`, and which they are `(B, T')`."""
+        selected = selected_frames(
+            mask,
+            combine_time_steps=self.loss["combine_time_steps"],
+            mask_threshold=self.loss["mask_threshold"],
+        )
+        nll_sum, count = masked_nll(log_probs, tokens, selected)
+        return nll_sum, count, selected
+
+    def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        clean, _ = self.preprocessor(batch["audio"], batch["length"])
+        noisy, noisy_length = self.preprocessor(batch["noisy"], batch["noisy_length"])
+        seeds = None if self.nemo_compat else batch["mask_seed"]
+        log_probs, length, tokens, mask = self.predict_masked(clean, noisy, noisy_length, seeds=seeds)
+        nll_sum, count, selected = self.masked_loss(log_probs, tokens, mask)
+        output = {"loss": nll_sum / (count if self.nemo_compat else count.clamp(min=1))}
+        if not self.nemo_compat:
+            output["loss_count"] = count
+        elif not self.training:
+            output["num_compared"] = 1
+        if self.training:
+            self.num_empty_batches += count == 0
+            output |= {
+                "accuracy": _accuracy(log_probs, tokens, selected),
+                "empty_batches": self.num_empty_batches.float(),
+            }
+            return output
+        valid = torch.arange(log_probs.shape[1], device=length.device) < length[:, None]
+        return output | {
+            "log_probs": log_probs,
+            "tokens": tokens,
+            "selected": selected,
+            "valid": valid,
+            "nll": nll_sum[None],  # not a scalar: the metric sums it up
+            "count": count[None],
+        }
+
+    def make_metric(self, stage: str) -> MaskedPredictionMetrics:
+        return MaskedPredictionMetrics(num_books=self.num_books, num_classes=self.num_classes)
+
+    def update_metric(self, metric: Any, batch: dict[str, Tensor], output: dict[str, Tensor]) -> None:
+        metric.update(
+            log_probs=output["log_probs"],
+            targets=output["tokens"],
+            selected=output["selected"],
+            valid=output["valid"],
+            nll_sum=output["nll"][0],
+            count=output["count"][0],
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["num_empty_batches"] = int(self.num_empty_batches)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.num_empty_batches.fill_(checkpoint.get("num_empty_batches", 0))
+
+    def example_input(self) -> dict[str, Tensor]:
+        return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
+
+    def save_to(self, path: str | Path) -> None:
+        """Write a `.nemo` archive that NeMo restores."""
+        write_nemo(path, self.nemo_config(), self.state_dict())
+
+    def nemo_config(self) -> dict[str, Any]:
+        """The `model:` section by which NeMo builds this network."""
+        config = {key: self.hparams[key] for key in ARCHITECTURE if self.hparams.get(key) is not None}
+        for name, target in TARGETS.items():
+            config[name] = {"_target_": target} | dict(config.get(name) or {})
+        config["loss"].pop("reduce", None)  # ours alone
+        return config | {"target": NEMO_MODEL, "nemo_version": NEMO_VERSION, "optim": self.optim}
+
+
+def _part(name: str, cls: type[nn.Module], given: dict[str, Any]) -> Any:
+    """A part from its section; ValueError with the section's name in front."""
+    arguments = _known(name, given, inspect.signature(cls).parameters)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _section(name: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    return defaults | _known(name, given or {}, defaults)
+
+
+def _known(name: str, given: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The section without `_target_` and what NeMo has and ours has not, as long as it asks for nothing."""
+    nothing = {key for key, value in given.items() if value is None or (key, value) in _ASKS_FOR_NOTHING}
+    arguments = {key: value for key, value in given.items() if key in known or key not in {"_target_", *nothing}}
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ValueError(f"{name}.{unknown[0]}: no such key; {name} has {', '.join(known)}")
+    return arguments
+
+
+def _agree(key: str, value: Any, other_key: str, other: Any) -> None:
+    if value != other:
+        raise ValueError(f"{key}={value} differs from {other_key}={other}")
+
+
+def _after_subsampling(
+    quantizer: dict[str, Any], masking: dict[str, Any], width: int, factor: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sections in sub-sampled frames. One that NeMo saved is so already (and NeMo would divide again)."""
+    if masking["feat_in"] != width:
+        masking = masking | {"feat_in": width, "block_size": max(1, masking["block_size"] // factor)}
+    return quantizer | {"feat_in": width, "combine_time_steps": 1}, masking
+
+
+def _accuracy(log_probs: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
+    """Share of the selected frames' tokens that are the most likely ones; 0 where none is selected."""
+    frames = min(log_probs.shape[1], tokens.shape[1], selected.shape[1])
+    right = (log_probs.detach()[:, :frames].argmax(2) == tokens[:, :frames]).float()
+    right = right.flatten(2).mean(2) if right.ndim > 2 else right  # over the books
+    chosen = selected[:, :frames]
+    return (right * chosen).sum() / chosen.sum().clamp(min=1)

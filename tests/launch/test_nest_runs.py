@@ -1,0 +1,72 @@
+"""NEST as a user trains it: what is logged, stopped in the middle of an epoch and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoint import read_checkpoint
+from tests.conftest import TINY_NEST
+
+OFTEN = ["trainer.log_every_n_steps=1", "callbacks.last.every_n_steps=1", "trainer.accumulate_grad_batches=2"]
+
+
+@pytest.fixture(scope="module")
+def named(corpus: Path) -> list[str]:
+    parts = {"train": "train", "val": "validation", "test": "test"}
+    found = [f"model.{ds}_ds.manifest_filepath={corpus / f'{part}.jsonl'}" for part, ds in parts.items()]
+    return [*found, *(f"model.{ds}_ds.noise_manifest={corpus / 'noise_train.jsonl'}" for ds in parts.values())]
+
+
+def test_a_run_that_was_stopped_equals_one_that_was_not(script, named: list[str], in_tmp: Path) -> None:
+    base = ["model=nest", *TINY_NEST, *named, *OFTEN, "trainer.val_check_interval=2", "test=false"]
+    base += ["model.train_ds.use_bucketing=true"]
+    for version, steps in (("whole", 4), ("parts", 3), ("parts", 4)):
+        done = script(
+            "train",
+            [
+                *base,
+                f"exp_manager.version={version}",
+                f"trainer.max_steps={steps}",
+                "exp_manager.resume_if_exists=true",
+            ],
+        )
+        assert done.code == 0, done.text
+    whole, parts = (read_checkpoint(f"runs/nest/{version}/checkpoints/last.ckpt") for version in ("whole", "parts"))
+    assert whole["global_step"] == parts["global_step"] == 4
+    assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
+    tables = [Path(f"runs/nest/{version}/metrics.csv").read_text() for version in ("whole", "parts")]
+    header = tables[0].splitlines()[0].split(",")
+    assert {"train_loss", "train_accuracy", "train_empty_batches", "val_loss", "val_accuracy"} <= set(header)
+    clocks = [header.index(name) for name in header if name in ("examples_per_s", "data_wait_share")]
+    rows = [[[v for i, v in enumerate(line.split(",")) if i not in clocks] for line in t.splitlines()] for t in tables]
+    assert rows[0] == rows[1]
+
+
+@pytest.fixture(scope="module")
+def run(script, named: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nest")
+    typed = ["trainer.max_steps=2", f"exp_manager.exp_dir={folder}", "exp_manager.version=x"]
+    done = script("train", ["model=nest", *TINY_NEST, *named, *typed])
+    assert done.code == 0, done.text
+    return folder / "nest" / "x"
+
+
+def test_scores_of_a_test_and_of_evaluate(script, corpus: Path, run: Path, in_tmp: Path) -> None:
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    names = ("loss", "accuracy", "constant_accuracy", "codebook_usage", "codebook_perplexity", "masked_share")
+    assert {f"test_{name}" for name in names} <= set(metrics)
+    done = script("evaluate", [f"ckpt_path={run}", f"data.test_manifest={corpus / 'test.jsonl'}", "output=e.json"])
+    assert done.code == 0, done.text
+    again = json.loads(Path("e.json").read_text())
+    again = again.get("metrics", again)
+    assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "output"), [("export", "x.onnx"), ("predict", "features")])
+def test_what_cannot_be_done_with_it_yet_is_said_in_one_line(
+    script, run: Path, in_tmp: Path, name: str, output: str
+) -> None:
+    done = script(name, [f"ckpt_path={run}", f"output={output}", *(["input=."] if name == "predict" else [])])
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.text
