@@ -61,7 +61,7 @@ class SpeechSettings:
         trim_silence: cut what is 60 dB below the loudest off both ends.
         min_duration, max_duration: recordings that are shorter or longer (seconds) are left out; None: no limit.
         min_audio_len_secs: clips that are shorter are repeated up to this length.
-        crop_s: of longer recordings a crop of so many seconds, another one each epoch; None: they are taken whole. Ours.
+        crop_s: of longer recordings a crop of so many seconds, another one each epoch; None: they are taken whole.
         channel_selector: of recordings with several channels: None or average (their mean), or a channel's number.
         use_bucketing: batches of alike duration.
         is_concat: draw from the manifests of the list by

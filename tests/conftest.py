@@ -218,6 +218,19 @@ def trained_echo(manifests: list[str], tmp_path_factory: pytest.TempPathFactory)
     return folder / "runs" / "deepvqe" / "one"
 
 
+@pytest.fixture(scope="session")
+def trained_nest(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny NEST that was trained for two steps, validated and tested."""
+    parts = {"train": "train", "val": "validation", "test": "test"}
+    named = [f"model.{ds}_ds.manifest_filepath={corpus / f'{part}.jsonl'}" for part, ds in parts.items()]
+    typed = [*named, "trainer.max_steps=2", "exp_manager.version=one"]
+    folder = tmp_path_factory.mktemp("trained_nest")
+    with contextlib.chdir(folder):
+        done = run_script("train", ["model=nest", *TINY_NEST, *typed])
+    assert done.code == 0, done.text
+    return folder / "runs" / "nest" / "one"
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder."""

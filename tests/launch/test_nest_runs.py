@@ -44,20 +44,13 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(script, named: list[str]
     assert rows[0] == rows[1]
 
 
-@pytest.fixture(scope="module")
-def run(script, named: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("nest")
-    typed = ["trainer.max_steps=2", f"exp_manager.exp_dir={folder}", "exp_manager.version=x"]
-    done = script("train", ["model=nest", *TINY_NEST, *named, *typed])
-    assert done.code == 0, done.text
-    return folder / "nest" / "x"
-
-
-def test_scores_of_a_test_and_of_evaluate(script, corpus: Path, run: Path, in_tmp: Path) -> None:
-    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+def test_scores_of_a_test_and_of_evaluate(script, corpus: Path, trained_nest: Path, in_tmp: Path) -> None:
+    metrics = json.loads((trained_nest / "summary.json").read_text())["metrics"]
     names = ("loss", "accuracy", "constant_accuracy", "codebook_usage", "codebook_perplexity", "masked_share")
     assert {f"test_{name}" for name in names} <= set(metrics)
-    done = script("evaluate", [f"ckpt_path={run}", f"data.test_manifest={corpus / 'test.jsonl'}", "output=e.json"])
+    done = script(
+        "evaluate", [f"ckpt_path={trained_nest}", f"data.test_manifest={corpus / 'test.jsonl'}", "output=e.json"]
+    )
     assert done.code == 0, done.text
     again = json.loads(Path("e.json").read_text())
     again = again.get("metrics", again)
@@ -66,7 +59,7 @@ def test_scores_of_a_test_and_of_evaluate(script, corpus: Path, run: Path, in_tm
 
 @pytest.mark.parametrize(("name", "output"), [("export", "x.onnx"), ("predict", "features")])
 def test_what_cannot_be_done_with_it_yet_is_said_in_one_line(
-    script, run: Path, in_tmp: Path, name: str, output: str
+    script, trained_nest: Path, in_tmp: Path, name: str, output: str
 ) -> None:
-    done = script(name, [f"ckpt_path={run}", f"output={output}", *(["input=."] if name == "predict" else [])])
+    done = script(name, [f"ckpt_path={trained_nest}", f"output={output}", *(["input=."] if name == "predict" else [])])
     assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.text
