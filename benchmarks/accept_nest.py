@@ -10,6 +10,7 @@ Each talker gives one value per contestant, over all seeds their mean: standard 
 A seed whose result is in the work folder is not run again, and one that was interrupted continues.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.accept import Scores, mean_and_error, summarise, table
 from benchmarks.speaker_probe import Features, accuracies, read_segments
-from benchmarks.training import OurTraining, Plan, plan_training
+from benchmarks.training import ROOT, OurTraining, Plan, plan_training
 from data.audio import atomic_path
 from data.loader import available_cores
 from data.manifest import read_manifest, write_manifest
@@ -29,17 +30,27 @@ from models.checkpoint import build_system, read_checkpoint
 from models.nest import NEST
 from modules.mel import MelPreprocessor
 
+CONFIG = ROOT / "config"
 OURS = "ours"
 CONSTANT, BEST_CONSTANT, REPEAT = "training's commonest token", "test's commonest token", "last visible token"
 UNTRAINED, LOG_MEL, CHANCE = "untrained encoder", "log-mel mean + std", "chance"
 TITLES = {"accuracy": "Masked accuracy", "probe": "Talkers told apart"}
 _RESERVE = 0.3  # of the budget: a step costs more beside another training than in the calibration
 # What a training depends on; its plan is of no use to another one.
-_OF_TRAINING = ("experiment", "cpu_minutes", "validations", "num_test_speakers", "num_val_speakers", "noise_manifest")
+_OF_TRAINING = (
+    "recipe",
+    "experiment",
+    "cpu_minutes",
+    "validations",
+    "num_test_speakers",
+    "num_val_speakers",
+    "noise_manifest",
+)
 
 
 def report(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[str, dict[str, Any]]:
     """Both measures for every seed and over all of them, and what was reached of the goals."""
+    protocol = protocol | {"recipe": recipe_digest(protocol["experiment"], manifest)}
     parts = split(protocol, manifest)
     print(", ".join(f"{len(rows)} talkers for {name}" for name, rows in parts.items()), flush=True)
     run_seeds(protocol, manifest, parts, work)
@@ -60,6 +71,12 @@ def report(protocol: dict[str, Any], manifest: Path, work: Path) -> tuple[str, d
     lines += [tokens_line(seed, found["tokens"]) for seed, found in seeds.items()]
     lines += ["", *verdicts(result, protocol["goals"])]
     return "\n".join(lines), result | {"notes": lines}
+
+
+def recipe_digest(experiment: str, manifest: Path) -> str:
+    """Changes with the recipe and with the data that are listed: results of others are not taken for its own."""
+    files = [CONFIG / "experiment" / f"{experiment}.yaml", CONFIG / "model" / "nest.yaml", manifest]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def split(protocol: dict[str, Any], manifest: Path) -> dict[str, list[dict[str, Any]]]:

@@ -153,9 +153,12 @@ def read_section(stage: str, section: Mapping[str, Any] | None) -> SpeechSetting
         _refuse_unknown(values, SpeechSettings)
         if (augmentor := values.get("batch_augmentor")) is not None:
             values["batch_augmentor"] = _augmentor(augmentor)
-        return SpeechSettings(**values)
+        settings = SpeechSettings(**values)
     except ValueError as error:
         raise DataError(f"{address}.{error}") from None
+    if stage != "train" and (drawn := [key for key in ("crop_s", "is_concat") if getattr(settings, key)]):
+        raise DataError(f"{address}.{drawn[0]}={getattr(settings, drawn[0])}: only training draws; leave it out")
+    return settings
 
 
 def _augmentor(section: Any) -> MultiSpeakerNoiseAugmentation:

@@ -52,6 +52,7 @@ class Run:
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
         typed = typed_keys(self.overrides)
+        exp_manager.check_sections(cfg)
         self.config = plain(cfg, typed)
         self.resume = self._find_resume()
         self._restored: Restored | None = None
@@ -60,7 +61,7 @@ class Run:
         config = self.config
         config["seed"] = _seed(config["seed"])
         exp_manager.switch(config, str(self.directory))
-        if config["monitor"]["metric"] == "train_loss":
+        if not _validates(cfg.data):
             log.info("there is no data to validate on: no validation, train_loss decides what is best")
         self._forced: dict[str, Any] = {}  # optimiser values that a resumed run does not take from its checkpoint
         if self.resume is not None:
@@ -129,9 +130,10 @@ class Run:
         """The system, with weights from `model.restore_from` or `init_from` if that is given."""
         system = self._system.build()
         if self.resume is not None and checkpoint.shapes(system.state_dict()) != self._saved_shapes:
-            checkpoint.refuse_other_network(self.resume, self._saved_config, self.config)
-        if self._restored is not None:
-            self._restored.load_into(system)
+            checkpoint.refuse_other_network(self.resume, self._saved_config, self.config, system)
+        restored, self._restored = self._restored, None  # its weights are not kept for the whole run
+        if restored is not None:
+            restored.load_into(system)
         if path := self.config["init_from"]:
             checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
         return system
@@ -253,10 +255,17 @@ def switched_off(data: Any, stage: str) -> str | None:
 def disagreements(model: dict[str, Any], data: dict[str, Any]) -> list[str]:
     """A line for each key, such as the sample rate, that the system and its data both have and do not agree on."""
     shared = sorted(key for key in model.keys() & data.keys() if key[0] != "_" and model[key] != data[key])
-    return [
+    lines = [
         f"data.{key}={data[key]} differs from the system's {model[key]}: set model.{key}, data follows"
         for key in shared
     ]
+    rate = model.get("sample_rate")
+    for name in DATASETS:
+        section = data.get(name)
+        own = section.get("sample_rate") if isinstance(section, dict) else None
+        if rate is not None and own not in (None, rate):
+            lines.append(f"model.{name}.sample_rate={own} differs from model.sample_rate={rate}; leave it out")
+    return lines
 
 
 def typed_keys(overrides: list[str]) -> set[str]:

@@ -17,21 +17,12 @@ from launch.errors import ConfigError
 from launch.run_dir import LAST, newest_run
 from launch.targets import DATASETS
 from models.base import System
-from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain
+from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain, tensors
 
 log = logging.getLogger(__name__)
 
-# Keys of a system, or what they begin with, that have no say in the shapes of its weights, ...
-_NO_SHAPE = ("optim", "loss.", "scores", "masking.", "spec_augment.", "nemo_compat", "restore_from", *DATASETS)
-# ... nor in what its weights mean.
-_NO_MEANING = (
-    *_NO_SHAPE,
-    "level_db",
-    "init_identity",
-    "encoder.dropout",
-    "encoder.stochastic_depth",
-    "preprocessor.dither",
-)
+# Of all systems, beside their own `of_training`: beginnings of keys that have no say in what the weights are.
+_OF_TRAINING = ("optim", "loss.", "scores", "restore_from", *DATASETS)
 # What _report_change does not tell: the data section's copy of the model's, and a file that a resume does not read.
 _TOLD_ELSEWHERE = ("model.restore_from", *(f"data.{name}." for name in DATASETS))
 
@@ -154,9 +145,11 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
     The file is a checkpoint of ours, or weights of another implementation that the system can import.
     """
     content = read_plain(locate(path))
+    own = "format_version" in content
     try:
-        own = "format_version" in content
-        state = checked(content, path)["state_dict"] if own else system.import_weights(content)
+        state = checked(content, path)["state_dict"] if own else tensors(system.import_weights(content), path)
+    except CheckpointError:  # names the file itself
+        raise
     except ValueError as error:
         raise ConfigError(f"init_from={path}: {error}") from error
     report = system.load_weights(state, include=include, exclude=exclude)
@@ -181,7 +174,7 @@ def _other_meaning(content: dict[str, Any], system: System) -> list[str]:
     return [
         f"trained with model.{key}={old[key]}; here it is {new[key]}"
         for key in sorted(old.keys() & new.keys())
-        if _plain(old[key]) != _plain(new[key]) and not key.startswith(_NO_MEANING)
+        if _plain(old[key]) != _plain(new[key]) and not key.startswith((*_OF_TRAINING, *system.of_training))
     ]
 
 
@@ -230,10 +223,11 @@ def shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def refuse_other_network(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> NoReturn:
+def refuse_other_network(path: Path, saved: dict[str, Any], config: dict[str, Any], system: System) -> NoReturn:
     """Raises ConfigError that names the model keys by which a checkpoint's configuration *saved* differs."""
     old, new = _flat(saved.get("model", {})), _flat(config["model"])
-    keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key] and not key.startswith(_NO_SHAPE))
+    beside = (*_OF_TRAINING, *system.of_training)
+    keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key] and not key.startswith(beside))
     named = ", ".join(f"model.{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
     raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")
 

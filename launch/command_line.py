@@ -104,9 +104,9 @@ def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any
     file = folder / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError(f"--config-path={typed.config_path} --config-name={name}: {file} is not there")
-    if foreign.written_for_nemo(content := foreign.read(file)):
+    if foreign.written_for_nemo(foreign.read(file)):
         groups = _names(overrides)
-        if added := [choice for choice in foreign.choices(content) if choice.partition("=")[0] not in groups]:
+        if added := [choice for choice in foreign.CHOICES if choice.partition("=")[0] not in groups]:
             print(f"{file} is written for NeMo: taken with {' '.join(added)}", file=sys.stderr)
         overrides = [*added, *overrides]
     ConfigStore.instance().store(name=_OVER_TRAIN + name, node={"defaults": ["train", name, "_self_"]}, package=None)

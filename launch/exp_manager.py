@@ -19,6 +19,18 @@ _PARAMS = "exp_manager.checkpoint_callback_params"
 _FREE = "exp_manager.wandb_logger_kwargs."  # whatever Lightning's WandbLogger takes
 
 
+def check_sections(cfg: DictConfig) -> None:
+    """Raises ConfigError with a line for each section that is given as something else; other sections refer to them."""
+    lines = []
+    for key in sorted({key.rpartition(".")[0] for key in keys(_known())} - {""}):
+        value = OmegaConf.select(cfg, key)
+        optional = key == _FREE.rstrip(".") and value is None
+        if not isinstance(value, DictConfig) and not optional:
+            lines.append(f"{key} must be a section of keys with values, got {value!r}")
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
 def problems(config: dict[str, Any], system: type[System] | None) -> list[str]:
     """A line for each key that cannot be used: one that is none of ours, as NeMo's configurations may have, or
     archives of a system that has none."""
@@ -37,9 +49,13 @@ def _saves_archives(config: dict[str, Any]) -> bool:
     return config["exp_manager"]["checkpoint_callback_params"]["always_save_nemo"]
 
 
+def _known() -> DictConfig:
+    """The section with all its keys."""
+    return OmegaConf.create({"exp_manager": OmegaConf.load(CONFIG_DIR / "exp_manager" / "default.yaml")})
+
+
 def _unknown_keys(config: dict[str, Any]) -> list[str]:
-    known = OmegaConf.create({"exp_manager": OmegaConf.load(CONFIG_DIR / "exp_manager" / "default.yaml")})
-    have = set(keys(known))
+    have = set(keys(_known()))
     given = keys(OmegaConf.create({"exp_manager": config["exp_manager"]}))
     return [
         f"{key}: no such key here, there are {', '.join(_siblings(key, have))}; take it out"

@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
 
+CHOICES = ("model=nest", "exp_manager=nemo")
+"""The overrides under which one is composed."""
 # Keys at the top of a configuration by which NeMo starts from other weights.
 _INIT_KEYS = ("init_from_nemo_model", "init_from_pretrained_model", "init_from_ptl_ckpt", "init_strict")
 # Of the Trainer, what launch supplies, and the values that say no more than that.
@@ -42,15 +44,6 @@ def _targets(node: Any) -> list[str]:
         return []
     inner = [target for value in node.values() for target in _targets(value)]
     return inner + ([str(node["_target_"])] if "_target_" in node else [])
-
-
-def choices(content: DictConfig) -> list[str]:
-    """The overrides under which it is composed."""
-    chosen = ["model=nest", "exp_manager=nemo"]
-    interval = OmegaConf.select(content, "trainer.val_check_interval", throw_on_missing=False)
-    if isinstance(interval, int) and OmegaConf.select(content, "trainer.check_val_every_n_epoch") == 1:
-        chosen.append("trainer.check_val_every_n_epoch=null")  # else no epoch may be shorter than the interval
-    return chosen
 
 
 def supplied(trainer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -57,6 +57,9 @@ def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | Non
         log.info("listen           %s", _relative(directory / "listen"))
     log.info("look             tensorboard --logdir %s", _relative(directory))
     system = trainer.lightning_module
+    if getattr(type(system), "predict", None) is System.predict:  # which only refuses
+        log.info("next             python evaluate.py ckpt_path=%s data.test_manifest=<manifest>", shown)
+        return
     further = "".join(f" {name}=<files>" for name in list(getattr(system, "inputs", {}))[1:])
     log.info("next             python predict.py ckpt_path=%s input=<files>%s output=<folder>", shown, further)
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from launch.errors import ConfigError
 from models.checkpoint import find_class
+from models.nest import TARGETS
 
 Kind = TypeVar("Kind")
 
@@ -21,20 +22,9 @@ DATASETS = ("train_ds", "validation_ds", "test_ds")
 
 # Classes of other frameworks whose configurations load unchanged, each at the section that it belongs to: the nested
 # `_target_` is checked here and taken out, since the system builds its parts from its own imports.
-_NEMO_MODULES, _NEMO_LOSSES = "nemo.collections.asr.modules", "nemo.collections.asr.losses"
-_AUGMENTOR = f"{_NEMO_MODULES}.ssl_modules.MultiSpeakerNoiseAugmentation"
-FOREIGN_TARGETS = {
-    "model.preprocessor": f"{_NEMO_MODULES}.AudioToMelSpectrogramPreprocessor",
-    "model.spec_augment": f"{_NEMO_MODULES}.SpectrogramAugmentation",
-    "model.masking": f"{_NEMO_MODULES}.RandomBlockMasking",
-    "model.quantizer": f"{_NEMO_MODULES}.RandomProjectionVectorQuantizer",
-    "model.encoder": f"{_NEMO_MODULES}.ConformerEncoder",
-    "model.decoder": f"{_NEMO_MODULES}.MultiSoftmaxDecoder",
-    "model.loss": f"{_NEMO_LOSSES}.MultiMLMLoss",
-    "model.train_ds.batch_augmentor": _AUGMENTOR,
-    "model.validation_ds.batch_augmentor": _AUGMENTOR,
-    "model.test_ds.batch_augmentor": _AUGMENTOR,
-}
+_AUGMENTOR = "nemo.collections.asr.modules.ssl_modules.MultiSpeakerNoiseAugmentation"
+FOREIGN_TARGETS = {f"model.{name}": target for name, target in TARGETS.items()}
+FOREIGN_TARGETS |= {f"model.{name}.batch_augmentor": _AUGMENTOR for name in DATASETS}
 
 
 class Blueprint:

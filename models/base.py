@@ -35,6 +35,8 @@ class System(pl.LightningModule, ABC):
     """Why export.py refuses this system; None: it does not."""
     chosen_in_evaluation: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments that evaluate.py may change, because they change no result of the network."""
+    of_training: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of keys (`encoder.dropout`) that neither the weights' shapes nor their meaning depend on."""
     sample_rate: int | None = None
     loss_reduce: str = "global"
     """Over what a loss with a `loss_count` is the mean: `global`, all that a step of the optimiser sees, on all
@@ -160,6 +162,11 @@ class System(pl.LightningModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         self._log_stage("test")
+
+    def on_train_epoch_end(self) -> None:
+        # Each process logs the loss of its own batches; what checkpoints compare has to be one number.
+        if self.trainer.world_size > 1 and (loss := self.trainer.callback_metrics.get("train_loss")) is not None:
+            self.log("train_loss", self.trainer.strategy.reduce(loss, reduce_op="mean"), logger=False)
 
     def _begin_stage(self, stage: str) -> None:
         self._means.pop(stage, None)

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from models.base import System
 from models.nemo import is_nemo, read_nemo
 from models.plain import CheckpointError, load_plain
@@ -102,11 +104,33 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if "state_dict" not in content:
         raise CheckpointError(f"{path}: not a training checkpoint (no state_dict in it)")
     version = content.get("format_version")
+    if version is not None and not isinstance(version, int):
+        raise CheckpointError(f"{path}: format_version in it is a {type(version).__name__}, not a number")
     if version is not None and version > System.FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: written in format {version}; this version reads up to {System.FORMAT_VERSION}, update it"
         )
+    tensors(content["state_dict"], path)
+    _section(_section(content, "system", path), "arguments", path)
+    _section(_section(content, "config", path), "model", path)
     return content
+
+
+def tensors(state: Any, path: str | Path) -> dict[str, Tensor]:
+    """The state dict that was found in the file `path`. Raises CheckpointError when it is none."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: state_dict in it is a {type(state).__name__}, not names with tensors")
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise CheckpointError(f"{path}: {name!r} in its state_dict is a {type(tensor).__name__}, not a tensor")
+    return state
+
+
+def _section(content: dict[str, Any], key: str, path: str | Path) -> dict[str, Any]:
+    section = content.get(key) or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path}: {key} in it is a {type(section).__name__}, not keys with values")
+    return section
 
 
 def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[str] = ()) -> System:

@@ -33,6 +33,7 @@ class ConvTasNet(System):
 
     inputs: ClassVar[dict[str, str]] = {"mixture": "audio"}
     outputs: ClassVar[dict[str, str]] = {"sources": "audio"}
+    of_training = ("level_db",)
 
     def __init__(
         self,

@@ -62,6 +62,7 @@ class DeepVQE(System):
 
     inputs: ClassVar[dict[str, str]] = {"mic": "audio", "far": "audio"}
     outputs: ClassVar[dict[str, str]] = {"enhanced": "audio"}
+    of_training = ("init_identity",)
     not_exportable: ClassVar[str | None] = "its STFT and its alignment need the length of a recording; use predict.py"
     chosen_in_evaluation: ClassVar[tuple[str, ...]] = ("scores",)
 

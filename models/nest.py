@@ -5,18 +5,17 @@ Huang et al., "NEST: Self-supervised Fast Conformer as All-purpose Seasoning to 
 `EncDecDenoiseMaskedTokenPredModel`; where its known faults are not reproduced, see docs/nemo.md.
 """
 
-import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losses.masked_prediction import masked_nll, selected_frames
 from metrics.masked_prediction import MaskedPredictionMetrics
 from models.base import System
 from models.nemo import write_nemo
+from models.nest_sections import after_subsampling, build_part, complete_sections
 from models.optim import parameter_groups
 from modules.block_masking import RandomBlockMasking
 from modules.conformer import ConformerEncoder
@@ -25,7 +24,6 @@ from modules.mel import MelPreprocessor
 from modules.quantizer import RandomProjectionVectorQuantizer
 from modules.softmax_decoder import MultiSoftmaxDecoder
 
-_LOSS = {"combine_time_steps": 8, "mask_threshold": 0.8, "num_decoders": 1, "squeeze_single": False, "reduce": "global"}
 # What NeMo calls the parts, for the archives that it reads.
 _MODULES = "nemo.collections.asr.modules."
 TARGETS = {
@@ -37,7 +35,6 @@ TARGETS = {
     "decoder": f"{_MODULES}MultiSoftmaxDecoder",
     "loss": "nemo.collections.asr.losses.MultiMLMLoss",
 }
-_ASKS_FOR_NOTHING = (("reduction_factor", 1), ("use_torchaudio", False), ("sync_max_audio_length", True))
 NEMO_VERSION = "3.0.0"  # whose network this is
 NEMO_MODEL = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"
 ARCHITECTURE = (
@@ -77,8 +74,18 @@ class NEST(System):
     """
 
     inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
-    outputs: ClassVar[dict[str, str]] = {"features": "array"}
     not_exportable = "the encoder is not exported yet"
+    of_training = (
+        *(f"masking.{key}" for key in ("block_size", "mask_prob", "allow_overlap", "freeze")),
+        *(
+            "spec_augment.",
+            "preprocessor.dither",
+            "encoder.dropout",
+            "encoder.stochastic_depth",
+            "loss.",
+            "nemo_compat",
+        ),
+    )
 
     def __init__(
         self,
@@ -104,50 +111,33 @@ class NEST(System):
         if mask_position not in ("pre_conv", "post_conv"):
             raise ValueError(f"mask_position must be pre_conv or post_conv, got {mask_position!r}")
         self.sample_rate, self.mask_position, self.nemo_compat = sample_rate, mask_position, nemo_compat
-        mel = {"sample_rate": sample_rate} | (preprocessor or {})
-        _agree("preprocessor.sample_rate", mel["sample_rate"], "sample_rate", sample_rate)
-        self.preprocessor: MelPreprocessor = _part("preprocessor", MelPreprocessor, mel)
-        features = self.preprocessor.featurizer.fb.shape[1]
-        encoder = {"feat_in": features, "feat_out": -1, "d_model": 512, "subsampling_factor": 8} | (encoder or {})
-        _agree("encoder.feat_in", encoder["feat_in"], "preprocessor.features", features)
-        self.encoder: ConformerEncoder = _part("encoder", ConformerEncoder, encoder)
-        width, factor = encoder["d_model"], encoder["subsampling_factor"]
-        encoded_width = encoder["feat_out"] if encoder["feat_out"] > 0 else width
-        books = {"num_classes": num_classes, "code_dim": code_dim, "num_books": num_books}
-        books |= {"feat_in": features, "combine_time_steps": factor, "squeeze_single": squeeze_single}
-        quantizer = books | (quantizer or {})
-        masking = {"feat_in": features, "block_size": 40, "mask_prob": 0.01, "allow_overlap": True} | (masking or {})
-        self.loss = _section("loss", loss, _LOSS | {"combine_time_steps": factor, "num_decoders": num_books})
-        if mask_position == "post_conv":
-            quantizer, masking = _after_subsampling(quantizer, masking, width, factor)
-            self.loss["combine_time_steps"] = 1
-        self.quantizer: RandomProjectionVectorQuantizer = _part("quantizer", RandomProjectionVectorQuantizer, quantizer)
-        self.mask_processor: RandomBlockMasking = _part("masking", RandomBlockMasking, masking)
-        decoder = {"feat_in": encoded_width, "num_classes": num_classes, "num_decoders": num_books} | (decoder or {})
-        decoder = {"squeeze_single": squeeze_single, "use_bias": True} | decoder
-        self.decoder: MultiSoftmaxDecoder = _part("decoder", MultiSoftmaxDecoder, decoder)
-        for key, module, ours in (("num_classes", "quantizer", num_classes), ("num_books", "quantizer", num_books)):
-            _agree(f"{module}.{key}", quantizer[key], key, ours)
-        _agree("decoder.num_classes", decoder["num_classes"], "num_classes", num_classes)
-        _agree("decoder.num_decoders", decoder["num_decoders"], "num_books", num_books)
-        _agree("decoder.feat_in", decoder["feat_in"], "the encoder's", encoded_width)
-        _agree(
-            "loss.combine_time_steps", self.loss["combine_time_steps"], "quantizer's", quantizer["combine_time_steps"]
+        self.num_books, self.num_classes = num_books, num_classes
+        shared = {"num_classes": num_classes, "num_books": num_books, "code_dim": code_dim}
+        given = {"preprocessor": preprocessor, "spec_augment": spec_augment, "masking": masking, "loss": loss}
+        given |= {"quantizer": quantizer, "encoder": encoder, "decoder": decoder}
+        self.sections = complete_sections(
+            given, **shared, sample_rate=sample_rate, squeeze_single=squeeze_single, mask_position=mask_position
         )
-        if self.loss["reduce"] not in ("global", "local"):
-            raise ValueError(f"loss.reduce must be global or local, got {self.loss['reduce']!r}")
+        sections = self.sections if mask_position == "pre_conv" else after_subsampling(self.sections)
+        self.preprocessor: MelPreprocessor = build_part("preprocessor", sections)
+        self.encoder: ConformerEncoder = build_part("encoder", sections)
+        self.quantizer: RandomProjectionVectorQuantizer = build_part("quantizer", sections)
+        self.mask_processor: RandomBlockMasking = build_part("masking", sections)
+        self.decoder: MultiSoftmaxDecoder = build_part("decoder", sections)
+        self.loss = sections["loss"]
         self.loss_reduce = "local" if nemo_compat else self.loss["reduce"]
         if mask_position == "post_conv":
             self.pre_encoder = MaskedSubsampling(self.encoder.pre_encode, self.mask_processor)
             self.encoder.pre_encode = self.pre_encoder
             # They never get a gradient, which DDP would wait for (torch's name for what it leaves alone).
+            still = {id(weight) for weight in self.pre_encoder.pre_encode.parameters()}
             self._ddp_params_and_buffers_to_ignore = [
-                name for name, _ in self.named_parameters(remove_duplicate=False) if "pre_encode." in name
+                name for name, weight in self.named_parameters(remove_duplicate=False) if id(weight) in still
             ]
-        self.num_books, self.num_classes = num_books, num_classes
         self.optim_param_groups = dict(optim_param_groups or {})
         parameter_groups(self, self.optim_param_groups, self.optim)  # a wrong one is found here
-        self.register_buffer("num_empty_batches", torch.zeros((), dtype=torch.long), persistent=False)
+        # Of this process; no buffer, which DDP would overwrite with the first one's.
+        self._num_empty_batches = torch.zeros((), dtype=torch.long)
 
     def encode(self, audio: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder makes of recordings, nothing masked.
@@ -221,10 +211,10 @@ class NEST(System):
         elif not self.training:
             output["num_compared"] = 1
         if self.training:
-            self.num_empty_batches += count == 0
+            self._num_empty_batches = self._num_empty_batches.to(count.device, non_blocking=True) + (count == 0)
             output |= {
                 "accuracy": _accuracy(log_probs, tokens, selected),
-                "empty_batches": self.num_empty_batches.float(),
+                "empty_batches": self._num_empty_batches.float(),
             }
             return output
         valid = torch.arange(log_probs.shape[1], device=length.device) < length[:, None]
@@ -252,10 +242,10 @@ class NEST(System):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["num_empty_batches"] = int(self.num_empty_batches)
+        checkpoint["num_empty_batches"] = int(self._num_empty_batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.num_empty_batches.fill_(checkpoint.get("num_empty_batches", 0))
+        self._num_empty_batches = torch.tensor(checkpoint.get("num_empty_batches", 0))
 
     def example_input(self) -> dict[str, Tensor]:
         return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
@@ -266,49 +256,11 @@ class NEST(System):
 
     def nemo_config(self) -> dict[str, Any]:
         """The `model:` section by which NeMo builds this network."""
-        config = {key: self.hparams[key] for key in ARCHITECTURE if self.hparams.get(key) is not None}
-        for name, target in TARGETS.items():
-            config[name] = {"_target_": target} | dict(config.get(name) or {})
-        config["loss"].pop("reduce", None)  # ours alone
-        return config | {"target": NEMO_MODEL, "nemo_version": NEMO_VERSION, "optim": self.optim}
-
-
-def _part(name: str, cls: type[nn.Module], given: dict[str, Any]) -> Any:
-    """A part from its section; ValueError with the section's name in front."""
-    arguments = _known(name, given, inspect.signature(cls).parameters)
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from error
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _section(name: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    return defaults | _known(name, given or {}, defaults)
-
-
-def _known(name: str, given: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The section without `_target_` and what NeMo has and ours has not, as long as it asks for nothing."""
-    nothing = {key for key, value in given.items() if value is None or (key, value) in _ASKS_FOR_NOTHING}
-    arguments = {key: value for key, value in given.items() if key in known or key not in {"_target_", *nothing}}
-    if unknown := sorted(set(arguments) - set(known)):
-        raise ValueError(f"{name}.{unknown[0]}: no such key; {name} has {', '.join(known)}")
-    return arguments
-
-
-def _agree(key: str, value: Any, other_key: str, other: Any) -> None:
-    if value != other:
-        raise ValueError(f"{key}={value} differs from {other_key}={other}")
-
-
-def _after_subsampling(
-    quantizer: dict[str, Any], masking: dict[str, Any], width: int, factor: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both sections in sub-sampled frames. One that NeMo saved is so already (and NeMo would divide again)."""
-    if masking["feat_in"] != width:
-        masking = masking | {"feat_in": width, "block_size": max(1, masking["block_size"] // factor)}
-    return quantizer | {"feat_in": width, "combine_time_steps": 1}, masking
+        scalars = {key: self.hparams[key] for key in ARCHITECTURE if key not in TARGETS}
+        sections = {name: {"_target_": target} | self.sections[name] for name, target in TARGETS.items()}
+        sections["loss"].pop("reduce")  # ours alone
+        optim = {key: value for key, value in self.optim.items() if value is not None}
+        return {**scalars, **sections, "target": NEMO_MODEL, "nemo_version": NEMO_VERSION, "optim": optim}
 
 
 def _accuracy(log_probs: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:

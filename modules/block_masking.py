@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.checks import numbers, switches, whole_numbers
 from modules.counter_random import uniform
 
 
@@ -91,11 +92,11 @@ class RandomBlockMasking(nn.Module):
         max_mask_ratio: float = 0.8,
     ) -> None:
         super().__init__()
-        if not isinstance(mask_prob, int | float) or not 0 <= mask_prob <= 1:
-            raise ValueError(f"mask_prob must be a number from 0 to 1, got {mask_prob!r}")
-        for name, value in {"feat_in": feat_in, "block_size": block_size}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        numbers(mask_prob=mask_prob, least=0, most=1)
+        whole_numbers(feat_in=feat_in, block_size=block_size)
+        switches(freeze=freeze, allow_overlap=allow_overlap)
+        if mask_value is not None:
+            numbers(mask_value=mask_value, least=-math.inf, most=math.inf)
         if max_mask_ratio != 0.8:
             warnings.warn("max_mask_ratio has no effect, as in NeMo 3.0.0", stacklevel=2)
         self.mask_prob = mask_prob

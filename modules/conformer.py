@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from modules.checks import numbers, whole_numbers
 from modules.conformer_layer import ConformerConvolution, ConformerFeedForward, ConformerLayer
 from modules.relative_attention import STYLES, RelativePositions, attention_mask, make_pos_bias
 from modules.subsampling import DwStridingSubsampling, LinearProjection, padding_mask
@@ -47,16 +48,10 @@ def layer_drop_probs(num_layers: int, drop_prob: float, mode: str = "linear", st
     return [0.0] * start_layer + [share * drop_prob for share in shares]
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
 def _check_dropouts(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    numbers(least=0, most=1, **shares)
+    if ones := [name for name, value in shares.items() if value == 1]:
+        raise ValueError(f"{ones[0]} must be in [0, 1), got {shares[ones[0]]!r}")
 
 
 def _attention_context(size: Sequence[int] | None, style: str) -> tuple[int, int]:
@@ -160,7 +155,7 @@ class ConformerEncoder(nn.Module):
             )
         if subsampling_conv_channels == -1:
             subsampling_conv_channels = d_model
-        _check_sizes(
+        whole_numbers(
             feat_in=feat_in,
             n_layers=n_layers,
             d_model=d_model,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
+from modules.checks import choices, numbers, switches, whole_numbers
 
 WINDOWS: dict[str, Callable[..., Tensor]] = {
     "hann": torch.hann_window,
@@ -151,25 +152,24 @@ class MelPreprocessor(nn.Module):
     ) -> None:
         super().__init__()
         window = window or "none"
-        _check_arguments(
-            sizes={"sample_rate": sample_rate, "features": features, "n_fft": n_fft or 1},
-            numbers={
-                "window_size": window_size,
-                "window_stride": window_stride,
-                "dither": dither,
-                "preemph": preemph or 0,
-                "lowfreq": lowfreq,
-                "highfreq": highfreq or 0,
-                "log_zero_guard_value": 0 if log_zero_guard_value in ("tiny", "eps") else log_zero_guard_value,
-                "mag_power": mag_power,
-                "nb_augmentation_prob": nb_augmentation_prob,
-                "nb_max_freq": nb_max_freq,
-            },
-            choices={
-                "window": (window, tuple(WINDOWS)),
-                "log_zero_guard_type": (log_zero_guard_type, ("add", "clamp")),
-            },
+        whole_numbers(sample_rate=sample_rate, features=features, n_fft=n_fft or 1)
+        numbers(
+            least=0,
+            most=math.inf,
+            window_size=window_size,
+            window_stride=window_stride,
+            dither=dither,
+            preemph=preemph or 0,
+            lowfreq=lowfreq,
+            highfreq=highfreq or 0,
+            log_zero_guard_value=0 if log_zero_guard_value in ("tiny", "eps") else log_zero_guard_value,
+            mag_power=mag_power,
+            nb_augmentation_prob=nb_augmentation_prob,
+            nb_max_freq=nb_max_freq,
         )
+        numbers(least=-math.inf, most=math.inf, pad_value=pad_value)
+        switches(log=log, exact_pad=exact_pad)
+        choices(window=(window, WINDOWS), log_zero_guard_type=(log_zero_guard_type, ("add", "clamp")))
         if frame_splicing != 1:
             raise ValueError(f"frame_splicing must be 1 (NeMo's splicing only repeats frames), got {frame_splicing!r}")
         if pad_to != "max" and (not isinstance(pad_to, int) or pad_to < 0):
@@ -289,20 +289,6 @@ class MelPreprocessor(nn.Module):
         else:
             missing = -num_frames % int(self.pad_to) if self.pad_to else 0
         return F.pad(mel, (0, missing), value=self.pad_value)
-
-
-def _check_arguments(
-    sizes: dict[str, int], numbers: dict[str, Any], choices: dict[str, tuple[str, tuple[str, ...]]]
-) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    for name, value in numbers.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _fixed_statistics(normalize: str | dict[str, Any] | None, num_mels: int) -> Tensor | None:

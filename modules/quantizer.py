@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
+from modules.checks import choices, switches, whole_numbers
 
 DISTANCES = ("l2", "cosine")
 MAX_SCORE_BYTES = 2**25  # of the scores that exist at one time: a long batch times 8192 codes would be gigabytes
@@ -71,18 +72,15 @@ class RandomProjectionVectorQuantizer(nn.Module):
         combine_time_steps: int = 8,
     ) -> None:
         super().__init__()
-        sizes = {
-            "feat_in": feat_in,
-            "code_dim": code_dim,
-            "num_classes": num_classes,
-            "num_books": num_books,
-            "combine_time_steps": combine_time_steps,
-        }
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if dist_fn not in DISTANCES:
-            raise ValueError(f"dist_fn must be one of {', '.join(DISTANCES)}, got {dist_fn!r}")
+        whole_numbers(
+            feat_in=feat_in,
+            code_dim=code_dim,
+            num_classes=num_classes,
+            num_books=num_books,
+            combine_time_steps=combine_time_steps,
+        )
+        switches(time_ahead=time_ahead, freeze=freeze, squeeze_single=squeeze_single)
+        choices(dist_fn=(dist_fn, DISTANCES))
         if not freeze:
             warnings.warn("freeze=false has no effect: no gradient passes through a code", stacklevel=2)
         self.num_books = num_books

@@ -7,6 +7,8 @@ class c of book n.
 import torch
 from torch import Tensor, nn
 
+from modules.checks import switches, whole_numbers
+
 
 class MultiSoftmaxDecoder(nn.Module):
     """A linear layer for each frame and a softmax for each book, at least in float32.
@@ -33,9 +35,8 @@ class MultiSoftmaxDecoder(nn.Module):
         use_bias: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in {"feat_in": feat_in, "num_classes": num_classes, "num_decoders": num_decoders}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        whole_numbers(feat_in=feat_in, num_classes=num_classes, num_decoders=num_decoders)
+        switches(squeeze_single=squeeze_single, use_bias=use_bias)
         self.num_classes = num_classes
         self.squeeze = squeeze_single and num_decoders == 1
         projection = nn.Conv1d(feat_in, num_classes * num_decoders, 1, bias=use_bias)

@@ -34,7 +34,7 @@ from data.manifest import read_manifest, write_manifest
 from models.nest import NEST
 
 RATE = 16000
-PROTOCOL = yaml.safe_load((HERE / "protocols" / "nest.yaml").read_text())
+PROTOCOL = yaml.safe_load((HERE / "protocols" / "nest.yaml").read_text()) | {"recipe": "x"}
 PROBE = PROTOCOL["probe"] | {"segment_s": 0.5, "draws": [5, 4], "num_rooms": 2}
 TALKERS = 8
 TINY = {
@@ -267,6 +267,9 @@ def test_report(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(accept_nest, "start_seed", None)
     assert report(PROTOCOL, in_tmp / "speech.jsonl", in_tmp)[0] == text, "not run again"
     assert capsys.readouterr().out.count("seed 2 …") == 1
+    write_manifest(in_tmp / "others.jsonl", rows[::-1])
+    with pytest.raises(SystemExit, match=r"result.json: of another protocol"):
+        report(PROTOCOL, in_tmp / "others.jsonl", in_tmp)
     with pytest.raises(SystemExit, match=r"result.json: of another protocol"):
         report(PROTOCOL | {"mask_draws": 1}, in_tmp / "speech.jsonl", in_tmp)
 

@@ -50,7 +50,8 @@ def corpus(tmp_path):
 
 
 def data_of(section, *, stage="fit", **options):
-    data = SelfSupervisedData(**{"train_ds": section, "validation_ds": section} | options)
+    fixed = {key: value for key, value in section.items() if key not in ("crop_s", "is_concat")}
+    data = SelfSupervisedData(**{"train_ds": section, "validation_ds": fixed} | options)
     data.setup(stage)
     return data
 
@@ -256,6 +257,13 @@ class Listener(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("drawn", [{"crop_s": 1.0}, {"is_concat": True}])
+def test_only_training_draws(corpus, drawn):
+    (key, value), *_ = drawn.items()
+    with pytest.raises(DataError, match=f"^model.validation_ds.{key}={value}: only training draws"):
+        data_of(corpus, validation_ds=corpus | drawn)
 
 
 def test_crops_are_other_parts_each_epoch(tmp_path):

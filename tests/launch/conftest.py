@@ -20,7 +20,8 @@ def nest_manifests(corpus: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def _trained_nest(nest_manifests: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     folder = tmp_path_factory.mktemp("trained_nest")
-    sizes = [*TINY_NEST, "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
+    # Its epochs have two batches.
+    sizes = [*TINY_NEST, "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
     rates = ["model.optim.lr=1.0", "model.optim.sched.warmup_steps=1"]  # each validation is better than the last
     environment = dict(os.environ)
     try:

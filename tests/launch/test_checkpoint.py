@@ -4,6 +4,8 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +23,13 @@ from launch.errors import ConfigError
 from models import load
 from models.checkpoint import CheckpointError, read_checkpoint, read_plain
 from models.conv_tasnet import ConvTasNet
+from models.nest import NEST
 from tests.conftest import TINY
 
+SMALL_NEST: dict[str, Any] = {
+    "num_classes": 4,
+    "encoder": {"d_model": 8, "n_heads": 2, "n_layers": 1, "subsampling_conv_channels": 4},
+}
 GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoint_v1.ckpt"
 
 
@@ -218,6 +225,33 @@ def test_weights_of_nobody_are_one_line(in_tmp: Path) -> None:
         start_from_weights(ConvTasNet(), "other.pth", None, [])
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"state_dict": [1]}, "state_dict in it is a list, not names with tensors"),
+        ({"state_dict": {"w": "x"}}, "'w' in its state_dict is a str, not a tensor"),
+        ({"state_dict": {5: torch.ones(1)}}, "5 in its state_dict"),
+        ({"state_dict": {}, "format_version": "1"}, "format_version in it is a str"),
+        ({"state_dict": {}, "system": [1]}, "system in it is a list, not keys with values"),
+        ({"state_dict": {}, "system": {"arguments": 5}}, "arguments in it is a int"),
+        ({"state_dict": {}, "config": {"model": [1]}}, "model in it is a list"),
+    ],
+)
+def test_content_of_another_form_is_one_line(content: dict[str, Any], reason: str, in_tmp: Path) -> None:
+    torch.save({"format_version": 1} | content, "bad.ckpt")
+    for use in (read_checkpoint, lambda path: start_from_weights(ConvTasNet(), path, None, [])):
+        with pytest.raises(CheckpointError) as raised:
+            use("bad.ckpt")
+        assert str(raised.value).startswith(f"bad.ckpt: {reason}") and "\n" not in str(raised.value)
+
+
+def test_imported_weights_are_tensors(in_tmp: Path) -> None:
+    """Of another implementation, whose file need not be a checkpoint of ours."""
+    torch.save({"state_dict": {"network.encoder.weight": "x", "network.masker.bias": 5}}, "bad.pth")
+    with pytest.raises(CheckpointError, match=r"^bad.pth: '.*' in its state_dict is a .*, not a tensor$"):
+        start_from_weights(NEST(**SMALL_NEST), "bad.pth", None, [])
+
+
 def test_a_run_directory_continues_from_its_last_checkpoint(trained: Path) -> None:
     assert to_continue(trained) == to_continue(trained.parent) == trained / "checkpoints" / "last.ckpt"
     assert to_continue(trained / "x.ckpt") == trained / "x.ckpt"
@@ -242,10 +276,10 @@ def test_files_of_other_kinds_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_only_what_shapes_a_network_is_named(tmp_path: Path) -> None:
-    old = {"gru_hidden": 8, "loss": {"delay_weight": 0}, "optim": {"lr": 1}, "scores": []}
-    new = {"gru_hidden": 9, "loss": {"delay_weight": 1}, "optim": {"lr": 2}, "scores": ["pesq"]}
+    old = {"gru_hidden": 8, "dropout": 0, "loss": {"delay_weight": 0}, "optim": {"lr": 1}, "scores": []}
+    new = {"gru_hidden": 9, "dropout": 1, "loss": {"delay_weight": 1}, "optim": {"lr": 2}, "scores": ["pesq"]}
     with pytest.raises(ConfigError) as raised:
-        refuse_other_network(tmp_path, {"model": old}, {"model": new})
+        refuse_other_network(tmp_path, {"model": old}, {"model": new}, SimpleNamespace(of_training=("dropout",)))  # type: ignore[arg-type]
     assert str(raised.value).endswith(
         "of another shape: model.gru_hidden=9 (checkpoint: 8); init_from= takes what fits"
     )
@@ -261,3 +295,14 @@ def test_weights_that_were_trained_for_something_else(tmp_path: Path, caplog: py
         caplog.clear()
         start_from_weights(ConvTasNet(**small, mask=mask), str(tmp_path / "x.ckpt"), None, [])
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == expected
+
+
+def test_each_system_says_what_concerns_its_training_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = NEST(**SMALL_NEST, masking={"mask_prob": 0.5, "mask_value": 0.0}, preprocessor={"dither": 0.0})
+    content: dict = {"state_dict": trained.state_dict()}
+    trained.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "x.ckpt")
+    here = NEST(**SMALL_NEST, masking={"mask_prob": 0.1, "mask_value": 1.0}, preprocessor={"dither": 1.0})
+    start_from_weights(here, str(tmp_path / "x.ckpt"), None, [])
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["init_from: trained with model.masking.mask_value=0.0; here it is 1.0"]

@@ -70,6 +70,29 @@ def test_unknown_keys_are_named_once() -> None:
     ]
 
 
+def test_a_section_stays_one() -> None:
+    """Said before values that refer to one are looked up."""
+    for given, wrong in (
+        ({}, []),
+        ({"wandb_logger_kwargs": None}, []),  # as in NeMo
+        (
+            {"checkpoint_callback_params": None, "wandb_logger_kwargs": 5},
+            ["checkpoint_callback_params", "wandb_logger"],
+        ),
+    ):
+        section = {"checkpoint_callback_params": {"monitor": "${monitor.metric}"}, "wandb_logger_kwargs": {}} | given
+        cfg = OmegaConf.create({"exp_manager": section})
+        if not wrong:
+            exp_manager.check_sections(cfg)
+            continue
+        with pytest.raises(ConfigError) as raised:
+            exp_manager.check_sections(cfg)
+        lines = str(raised.value).splitlines()
+        assert len(lines) == len(wrong)
+        assert all(line.startswith(f"exp_manager.{name}") for line, name in zip(lines, wrong, strict=True))
+        assert lines[0].endswith("must be a section of keys with values, got None")
+
+
 def test_archives_are_for_systems_that_have_them() -> None:
     config = composed(checkpoint_callback_params={"always_save_nemo": True})
     (line,) = exp_manager.problems(config, ConvTasNet)

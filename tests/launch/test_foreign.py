@@ -13,7 +13,7 @@ from tests.conftest import Finished, run_script
 from tests.launch.nemo_config import NEMO, foreign_flags
 
 # Where ours differs (docs/nemo.md).
-DIFFERENT = {"trainer.strategy": "auto", "trainer.check_val_every_n_epoch": None}
+DIFFERENT = {"trainer.strategy": "auto"}
 
 
 def test_ours_has_its_keys_and_values() -> None:
@@ -33,15 +33,17 @@ def test_ours_has_its_keys_and_values() -> None:
 
 
 def test_it_trains_unchanged(nest_run: Finished, nest_folder: Path) -> None:
-    """In a group of one process, as `strategy: ddp` says; exp_manager's files where NeMo has them."""
+    """In a group of one process, as `strategy: ddp` says; exp_manager's files where NeMo has them. An epoch may be
+    shorter than `val_check_interval`."""
     assert nest_run.code == 0, nest_run.text
     assert "is written for NeMo: taken with model=nest exp_manager=nemo" in nest_run.err
     assert nest_run.out.startswith(f"nothing to resume, a new run: {nest_folder}\n")
+    assert "trainer.val_check_interval=3 is more than the 2 batches of an epoch: it is counted over" in nest_run.out
     assert "DDPStrategy" in (nest_folder / "plan.json").read_text()
     names = sorted(file.name for file in (nest_folder / "checkpoints").iterdir())
     best = names[0].removesuffix(".ckpt")
     assert names == [f"{best}.ckpt", f"{best}.nemo", "last.ckpt"], "the archive of the replaced one is gone with it"
-    assert best.startswith("SSL-NEST-FastConformer--val_loss=") and best.endswith("-step=4")
+    assert best.startswith("SSL-NEST-FastConformer--val_loss=") and best.endswith("-step=6")
     assert f"best checkpoint  nemo_experiments/SSL-NEST-FastConformer/checkpoints/{best}.ckpt" in nest_run.out
     assert any(nest_folder.glob("events.out.tfevents*"))
     assert "test_accuracy" in json.loads((nest_folder / "summary.json").read_text())["metrics"]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.report import closing, table
+from models.base import System
 
 
 def test_an_error_stands_beside_its_mean() -> None:
@@ -24,3 +25,14 @@ def test_the_next_command_names_every_input(tmp_path: Path, caplog: pytest.LogCa
             closing(tmp_path, trainer, None)  # type: ignore[arg-type]
         command = f"python predict.py ckpt_path=b.ckpt input=<files>{expected} output=<folder>"
         assert caplog.messages[-1].split(maxsplit=1) == ["next", command]
+
+
+def test_a_system_that_only_trains_is_evaluated_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Encoder(System):
+        def step(self, batch: dict) -> dict:
+            return {}
+
+    trainer = SimpleNamespace(checkpoint_callback=None, lightning_module=Encoder())
+    with caplog.at_level("INFO"):
+        closing(tmp_path, trainer, None)  # type: ignore[arg-type]
+    assert "python evaluate.py ckpt_path=" in caplog.messages[-1]

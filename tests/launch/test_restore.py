@@ -1,6 +1,7 @@
 """model.restore_from: architecture and weights of another run; what is typed against it; what a resume makes of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from launch.checkpoint import start_from_weights
 from launch.command_line import CONFIG_DIR
 from launch.errors import ConfigError
 from launch.restore import Restored, take_architecture
-from models.checkpoint import read_checkpoint
+from models.checkpoint import CheckpointError, read_checkpoint
 from models.nemo import write_nemo
 from models.nest import NEST
 from tests.conftest import TINY_NEST, Finished
@@ -60,6 +61,48 @@ def test_typed_keys() -> None:
 def test_references_are_not_followed(value: object) -> None:
     with pytest.raises(ConfigError, match=r"model.encoder.d_model in the file is .*plain value"):
         take_architecture(nest(), {"encoder": {"d_model": value}}, "x.nemo", set())
+
+
+def test_typed_keys_of_the_mask() -> None:
+    """How often it is drawn is a matter of training; what stands in its place belongs to the network."""
+    cfg = nest()
+    free = {"block_size": 8, "mask_prob": 0.5, "allow_overlap": False, "freeze": False}
+    for key, value in (free | {"mask_value": 2.0, "feat_in": 7}).items():
+        cfg.model.masking[key] = value
+    typed = {f"model.masking.{key}" for key in cfg.model.masking}
+    model = {"masking": dict.fromkeys(free, True) | {"mask_value": None, "feat_in": 80}}
+    with pytest.raises(ConfigError) as raised:
+        take_architecture(cfg, model, "x.nemo", typed)
+    lines = str(raised.value).splitlines()
+    assert [line.partition("=")[0] for line in lines] == ["model.masking.mask_value", "model.masking.feat_in"]
+    assert free.items() <= OmegaConf.to_container(cfg.model.masking).items()  # type: ignore[operator, union-attr]
+
+
+NETWORK: dict[str, Any] = {name: {"feat_in": 1} for name in ("preprocessor", "quantizer", "encoder", "decoder")}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"model_config": 5, "state_dict": {}}, "model_config in it is a int"),
+        ({"model_config": NETWORK}, "state_dict in it is a NoneType"),
+        ({"model_config": NETWORK, "state_dict": {"w": 5}}, "'w' in its state_dict is a int, not a tensor"),
+        ({"model_config": NETWORK | {"encoder": 5}, "state_dict": {}}, "model.encoder in the file is 5; a section"),
+        ({"model_config": NETWORK | {"sample_rate": {"a": 1}}}, "model.sample_rate in the file is {'a': 1}; a plain"),
+        ({"model_config": NETWORK | {"encoder": {"a.b": 1}}}, "'a.b' in its section model.encoder is not the name"),
+        ({"model_config": NETWORK | {"encoder": {"a": {5: 1}}}}, "5 in its section model.encoder.a is not the name"),
+        ({"model_config": NETWORK | {"encoder": {"a": torch.ones(9, 9)}}}, "model.encoder.a in the file is tensor("),
+        ({"model_config": NETWORK | {"encoder": torch.ones(9, 9)}}, "model.encoder in the file is tensor("),
+        ({"format_version": 1, "system": [1], "state_dict": {}}, "system in it is a list"),
+        ({"format_version": 1, "system": {"arguments": [1]}, "state_dict": {}}, "arguments in it is a list"),
+    ],
+)
+def test_files_of_another_form_are_one_line(content: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.pth"
+    torch.save(content, file)
+    with pytest.raises((ConfigError, CheckpointError)) as raised:
+        Restored(str(file))
+    assert f"{file}: {reason}" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_another_model(tmp_path: Path) -> None:

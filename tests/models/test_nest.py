@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.global_loss import CountedGradient
 from models.nemo import read_nemo
 from models.nest import ARCHITECTURE, NEST
+from tests.modules.device_waits import NoValueIsAsked
 
 ENCODER = {"d_model": 16, "n_heads": 2, "n_layers": 2, "subsampling_conv_channels": 4, "ff_expansion_factor": 2}
 STILL = {"dropout": 0.0, "dropout_pre_encoder": 0.0, "dropout_att": 0.0}
@@ -42,6 +44,28 @@ def test_a_step_of_training(position: str, precision: torch.dtype) -> None:
     assert bool(below) == (position == "pre_conv"), "after the sub-sampling, its weights are left as they are"
 
 
+@pytest.mark.parametrize("position", ["pre_conv", "post_conv"])
+def test_nothing_in_a_step_waits_for_the_device(position: str) -> None:
+    system, batch = build(mask_position=position), make_batch([24000, 16000])
+    metric = system.make_metric("val")
+    with NoValueIsAsked():
+        output = system.step(batch)
+        gradient = CountedGradient()
+        gradient.weigh(output["loss"], output["loss_count"]).backward()
+        gradient.divide(system.parameters(), scale=2.0, distributed=False)
+        system.update_metric(metric, batch, system.eval().step(batch))
+
+
+def test_weights_that_never_learn_are_left_out_of_ddp_and_no_others() -> None:
+    system = build(mask_position="post_conv", masking={"mask_prob": 0.3, "freeze": False})
+    system.step(make_batch([24000]))["loss"].backward()
+    named = dict(system.named_parameters(remove_duplicate=False))
+    left_out = {id(named[name]) for name in system._ddp_params_and_buffers_to_ignore}
+    learning = {id(p) for p in system.parameters() if p.requires_grad and id(p) not in left_out}
+    assert learning == {id(p) for p in system.parameters() if p.grad is not None}
+    assert id(system.mask_processor.mask_embedding) in learning
+
+
 def test_a_causal_subsampling_has_a_frame_more_than_there_are_tokens() -> None:
     system = build(encoder={"causal_downsampling": True, "conv_context_size": "causal", "att_context_size": [-1, 0]})
     output = system.eval().step(make_batch([24000]))
@@ -61,7 +85,7 @@ def test_a_batch_without_a_masked_frame_costs_nothing_and_is_counted(position: s
     system.on_save_checkpoint(saved)
     again = build(mask_position=position)
     again.on_load_checkpoint(saved)
-    assert int(again.num_empty_batches) == 2
+    assert int(again._num_empty_batches) == 2
 
 
 def test_nemo_compat_has_the_loss_of_nothing_as_nemo_has_it() -> None:
@@ -114,7 +138,8 @@ def test_after_the_subsampling_all_sections_count_its_frames() -> None:
     assert system.loss["combine_time_steps"] == 1
     assert system.quantizer.proj.weight.shape[1] == 16
     # NeMo saves the sections as it has rewritten them; block sizes are not divided again.
-    saved = build(mask_position="post_conv", masking={"block_size": 5, "feat_in": 16})
+    rewritten = {"masking": {"block_size": 5, "feat_in": 16}, "quantizer": {"feat_in": 16, "combine_time_steps": 1}}
+    saved = build(mask_position="post_conv", loss={"combine_time_steps": 1}, **rewritten)
     assert saved.mask_processor.block_size == 5
     assert list(saved.state_dict()) == list(system.state_dict())
 
@@ -127,11 +152,20 @@ def test_after_the_subsampling_all_sections_count_its_frames() -> None:
         ({"encoder": {"subsampling": "vggnet"}}, r"encoder\.subsampling"),
         ({"encoder": {"n_heads": 3}}, r"encoder\."),
         ({"masking": {"blocksize": 3}}, r"masking\.blocksize: no such key"),
-        ({"quantizer": {"num_books": 3}}, r"quantizer\.num_books=3 differs from num_books=2"),
-        ({"decoder": {"feat_in": 3}}, r"decoder\.feat_in=3 differs from the encoder's=16"),
+        ({"quantizer": {"num_books": 3}}, r"quantizer\.num_books=3 does not fit the other sections: it is 2"),
+        ({"decoder": {"feat_in": 3}}, r"decoder\.feat_in=3 does not fit"),
         ({"loss": {"reduce": "sum"}}, r"loss\.reduce must be global or local"),
-        ({"loss": {"combine_time_steps": 4}}, r"loss\.combine_time_steps=4 differs"),
-        ({"preprocessor": {"sample_rate": 8000}}, r"preprocessor\.sample_rate=8000 differs from sample_rate=16000"),
+        ({"loss": {"combine_time_steps": 4}}, r"loss\.combine_time_steps=4 does not fit"),
+        ({"quantizer": {"combine_time_steps": 4}}, r"quantizer\.combine_time_steps=4 does not fit"),
+        ({"quantizer": {"squeeze_single": True}}, r"quantizer\.squeeze_single=True does not fit"),
+        ({"quantizer": {"time_ahead": True}}, r"quantizer\.time_ahead must be false"),
+        ({"masking": {"feat_in": 40}}, r"masking\.feat_in=40 does not fit the other sections: it is 80"),
+        ({"loss": {"mask_threshold": 1.5}}, r"loss\.mask_threshold must be a number from 0 to below 1"),
+        ({"preprocessor": {"pad_to": 12}}, r"preprocessor\.pad_to must be a multiple of"),
+        ({"encoder": {"feat_out": "x"}}, r"encoder\.feat_out must be a whole number"),
+        ({"spec_augment": {"nonsense": 3}}, r"spec_augment\.nonsense: no such key"),
+        ({"spec_augment": 3}, r"spec_augment must be a section"),
+        ({"preprocessor": {"sample_rate": 8000}}, r"preprocessor\.sample_rate=8000 does not fit"),
     ],
 )
 def test_sections_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
@@ -156,4 +190,8 @@ def test_an_archive_holds_the_network(position: str, tmp_path: Any) -> None:
     audio = make_batch([16000])["audio"]
     with torch.no_grad():
         assert torch.equal(system(audio), again(audio))
-    assert all("_target_" in content["model_config"][name] for name in ("encoder", "masking", "loss"))
+    config = content["model_config"]
+    assert all("_target_" in config[name] for name in ("encoder", "masking", "loss"))
+    # NeMo's classes have other defaults, so all keys are there; it divides the block by itself.
+    assert config["masking"]["block_size"] == 40 and config["decoder"]["use_bias"] is True
+    assert config["quantizer"]["combine_time_steps"] == (8 if position == "pre_conv" else 1)

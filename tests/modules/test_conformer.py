@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.conformer import ConformerConvolution, ConformerEncoder, ConformerFeedForward, layer_drop_probs
 from modules.conformer_layer import make_conv_norm
 from modules.subsampling import padding_mask
+from tests.modules.device_waits import NoValueIsAsked
 
 TINY = {
     "feat_in": 10,
@@ -270,18 +270,6 @@ def test_every_weight_has_a_gradient_though_layers_are_dropped():
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in encoder.parameters())
     assert encoder.layers[1].norm_out.weight.grad.count_nonzero() == 0
     assert encoder.layers[0].norm_out.weight.grad.count_nonzero() > 0
-
-
-class NoValueIsAsked(TorchDispatchMode):
-    """Fails where the host would wait for a device: a number is read, or a shape depends on values."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and asking for it imports the compiler: seconds
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "item"), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
