@@ -273,9 +273,20 @@ def _count_over_epochs(trainer: pl.Trainer, num_batches: int) -> None:
     """Let a validation that is due less than once per epoch be due over epochs, where Lightning would refuse it."""
     interval = trainer.val_check_interval
     whole = isinstance(interval, int) and not isinstance(interval, bool)
+    if not whole:
+        return
     limit = trainer.limit_train_batches
     most = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
-    if whole and interval > most and trainer.check_val_every_n_epoch is not None:
+    planned = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps >= 0 else []
+    planned += [trainer.max_epochs * most] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    if planned and min(planned) < interval:
+        log.warning(
+            "this run has %d batches, its first validation is due after trainer.val_check_interval=%d: there will be"
+            " none, and no best checkpoint; lower it",
+            min(planned),
+            interval,
+        )
+    if interval > most and trainer.check_val_every_n_epoch is not None:
         trainer.check_val_every_n_epoch = None
         log.info(
             "trainer.val_check_interval=%d is more than the %d batches of an epoch: it is counted over epochs"

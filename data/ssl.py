@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from data.audio import read_audio
+from data.audio import audio_info, read_audio
 from data.bad_files import MET_KEY
 from data.base import SystemData
 from data.bucketing import BucketSampler
@@ -96,8 +96,11 @@ class SpeechNoiseDataset(Dataset):
         """The recording, the part that the row is, or a crop of that; a short one is repeated. `(S,)`"""
         settings, channel = self.settings, self.settings.channel_selector
         offset, duration = row.get("offset", 0.0), row.get("duration")
-        if settings.crop_s is not None and (spare := duration_s(row) - settings.crop_s) > 0:
-            offset, duration = offset + rng.uniform(0, spare), settings.crop_s
+        if settings.crop_s is not None:
+            there = audio_info(row["audio_filepath"]).duration_s - offset  # a manifest may promise more
+            spare = min(duration_s(row), there) - settings.crop_s
+            if spare > 0:
+                offset, duration = offset + rng.uniform(0, spare), settings.crop_s
         audio = read_audio(
             row["audio_filepath"],
             sample_rate=settings.sample_rate,

@@ -27,7 +27,8 @@ from launch.errors import ConfigError
 from launch.hardware import keep_freed_memory, quieten, resolve_hardware, share_cores
 from launch.restore import Restored, take_architecture
 from launch.run_dir import rank
-from launch.targets import DATASETS, Blueprint, wrong_arguments
+from launch.targets import DATASETS, Blueprint, not_sections, wrong_arguments
+from launch.trainer_section import make_trainer, wrong_values
 from models.base import System
 from models.checkpoint import read_checkpoint
 
@@ -53,6 +54,8 @@ class Run:
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
         typed = typed_keys(self.overrides)
         exp_manager.check_sections(cfg)
+        if lines := not_sections(cfg):
+            raise ConfigError("\n".join(lines))
         self.config = plain(cfg, typed)
         self.resume = self._find_resume()
         self._restored: Restored | None = None
@@ -71,7 +74,11 @@ class Run:
             self._resumed_step = int(content["global_step"])
             self._forced = checkpoint.take_over(self._saved_config, config)
         trainer_section, problems = foreign.supplied(config["trainer"])
+        if wrong := wrong_values(trainer_section):
+            raise ConfigError("\n".join(problems + wrong))
         self.trainer_section = resolve_hardware(trainer_section)
+        if not _validates(cfg.data):  # then the best checkpoint is decided at the end of each epoch
+            self.trainer_section |= {"val_check_interval": None, "check_val_every_n_epoch": 1}
         packages = config["packages"]
         model = {key: value for key, value in config["model"].items() if key not in _NOT_THE_SYSTEMS}
         self._system = Blueprint("model", model, System, packages)
@@ -154,8 +161,8 @@ class Run:
         if rank() == 0 and not self.config["dry_run"]:
             environment.write_snapshot(self.directory, record["git"])
             checkpoint.remove_leftovers(self.directory / "checkpoints")
-        return pl.Trainer(
-            **section,
+        return make_trainer(
+            section,
             callbacks=list(callbacks.values()),
             logger=loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),

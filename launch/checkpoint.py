@@ -21,6 +21,8 @@ from models.checkpoint import CheckpointError, checked, find_class, read_checkpo
 
 log = logging.getLogger(__name__)
 
+# Lightning's launcher hands the weights of processes that it started by spawn or fork to their parent in such a file.
+_BETWEEN_PROCESSES = ".temp.ckpt"
 # Of all systems, beside their own `of_training`: beginnings of keys that have no say in what the weights are.
 _OF_TRAINING = ("optim", "loss.", "scores", "restore_from", *DATASETS)
 # What _report_change does not tell: the data section's copy of the model's, and a file that a resume does not read.
@@ -42,6 +44,8 @@ class RunCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
+        if path.name == _BETWEEN_PROCESSES:
+            return super().save_checkpoint(checkpoint, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
         with beside.open("wb") as file:
@@ -57,7 +61,8 @@ class RunCheckpointIO(TorchCheckpointIO):
         Path(path).with_suffix(".nemo").unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        return read_checkpoint(path, map_location=map_location or "cpu")
+        read = read_plain if Path(path).name == _BETWEEN_PROCESSES else read_checkpoint
+        return read(path, map_location=map_location or "cpu")
 
 
 def remove_leftovers(folder: Path) -> None:

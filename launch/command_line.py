@@ -27,6 +27,9 @@ from launch import foreign
 from launch.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
+# OmegaConf's words around what a resolver of ours, such as the run directory's, has to say.
+_OF_A_RESOLVER = "ConfigError raised while resolving interpolation: "
+_SECTIONS_NULL = {f"{group}=null" for group in ("model", "data", "trainer", "exp_manager", "callbacks", "logger")}
 # The name under which evaluate.yaml, predict.yaml and export.yaml include the checkpoint's configuration.
 RUN_CONFIGURATION = "run_configuration"
 # The primary configuration of systems that have one of their own.
@@ -46,6 +49,9 @@ def prepare(argv: list[str], script: str) -> list[str]:
         raise ConfigError("--experimental-rerun loads a pickle and is refused; command.sh of the run repeats it")
     overrides = [_quoted(f"ckpt_path={o[11:]}" if o.startswith("checkpoint=") else o) for o in typed.overrides]
     flags = _without(argv, typed.overrides)
+    for override in overrides:
+        if override.lstrip("+") in _SECTIONS_NULL:
+            raise ConfigError(f"{override}: the section cannot be left out")
     if typed.help and not _chooses_system(typed, overrides) and script == "train":
         print(_overview())
         raise SystemExit(0)
@@ -104,7 +110,10 @@ def _own_sections_for_foreign(flags: list[str], overrides: list[str], typed: Any
     file = folder / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError(f"--config-path={typed.config_path} --config-name={name}: {file} is not there")
-    if foreign.written_for_nemo(foreign.read(file)):
+    content = foreign.read(file)
+    if "hydra" in content:
+        raise ConfigError(f"{file}: take out its section hydra; exp_manager says where a run lives")
+    if foreign.written_for_nemo(content):
         groups = _names(overrides)
         if added := [choice for choice in foreign.CHOICES if choice.partition("=")[0] not in groups]:
             print(f"{file} is written for NeMo: taken with {' '.join(added)}", file=sys.stderr)
@@ -176,11 +185,21 @@ def _infer_system(typed: Any, flags: list[str], overrides: list[str]) -> tuple[l
         if all(own > other for name, other in having.items() if name != system)
     ]
     if len(owners) != 1:
+        _refuse_keys_of_none(overrides, set().union(*(_keys_of(system, typed.config_dir) for system in candidates)))
         raise ConfigError(f"choose a system: model={'|'.join(candidates)} (or a recipe: experiment={_experiments()})")
     primary = _PRIMARY.get(owners[0])
     choice = f"--config-name={primary}" if primary else f"model={owners[0]}"
     print(f"{choice}: the typed keys belong to this system", file=sys.stderr)
     return ([choice, *flags], overrides) if primary else (flags, [choice, *overrides])
+
+
+def _refuse_keys_of_none(overrides: list[str], have: set[str]) -> None:
+    """Raises ConfigError for the first typed key that no system has and that comes near one that some have."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        ours = key[:1].isalpha() and "." in key and not key.startswith("hydra.")
+        if ours and key not in have and (near := _nearest(key, have)):
+            raise ConfigError(f"{override}: no system has such a key. Did you mean {', '.join(near)}?")
 
 
 def _experiments() -> str:
@@ -212,6 +231,8 @@ def _with_run_configuration(overrides: list[str], script: str) -> list[str]:
 
 def explain(error: Exception, argv: list[str], script: str) -> str:
     """One message with everything that is wrong with the overrides; Hydra's own words where we know no better."""
+    if own := str(error).partition(_OF_A_RESOLVER)[2]:
+        return own.splitlines()[0]
     typed = get_args_parser().parse_intermixed_args(argv)
     try:
         overrides = OverridesParser.create().parse_overrides(typed.overrides)
@@ -325,8 +346,8 @@ class _composer:
     """Hydra's compose over our folder and those that were named, beside a Hydra that may already be active."""
 
     def __init__(self, extra_dir: str | None, config_path: str | None) -> None:
-        foreign = _primary_folder(config_path) if config_path else None
-        self.others = [Path(folder).resolve() for folder in (extra_dir, foreign) if folder]
+        self.extra = Path(extra_dir).resolve() if extra_dir else None
+        self.primary = _primary_folder(config_path) if config_path else None
 
     def __enter__(self) -> tuple[ConfigLoader, Any]:
         from hydra import compose, initialize_config_dir
@@ -338,8 +359,10 @@ class _composer:
         self.context.__enter__()
         loader = GlobalHydra.instance().config_loader()
         path = loader.get_search_path()
-        for folder in self.others:
-            path.prepend("typed", f"file://{folder}", SearchPathQuery(provider="schema"))
+        # As Hydra orders them: the primary's folder wins, also over a file of ours with its name.
+        for folder, before in ((self.extra, "schema"), (self.primary, "main")):
+            if folder is not None:
+                path.prepend("typed", f"file://{folder}", SearchPathQuery(provider=before))
         loader.repository.initialize_sources(path)  # type: ignore[attr-defined]  # so that groups are listed too
         return loader, compose
 

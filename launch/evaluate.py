@@ -21,6 +21,7 @@ from launch.build import disagreements, plain, switched_off, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten, resolve_hardware, share_cores
 from launch.targets import Blueprint, wrong_arguments
+from launch.trainer_section import make_trainer, wrong_values
 from models.base import System
 from models.checkpoint import build_system, read_checkpoint
 
@@ -39,10 +40,14 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("\n".join(wrong))
     content["system"]["arguments"] |= chosen
     system = build_system(content, path, config["packages"])
+    if wrong := wrong_values(config["trainer"]):
+        raise ConfigError("\n".join(wrong))
     section = resolve_hardware(config["trainer"])
     data = Blueprint("data", config["data"], SystemData, config["packages"])
     problems = [*data.problems, *wrong_arguments("trainer", pl.Trainer, section)]
     problems += disagreements(content["system"]["arguments"], config["data"])
+    if config["per_file"] and type(system).example_scores is System.example_scores:
+        problems.append(f"per_file={config['per_file']}: {type(system).__name__} has no values for single examples")
     for key in ("output", "per_file"):
         if config[key] and Path(config[key]).is_dir():
             problems.append(f"{key}={config[key]}: is a folder, the name of a file is needed")
@@ -54,8 +59,8 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError(f"{none}: set data.test_manifest=… (the checkpoint's run had no test data)")
     share_cores(section, config["cpu_threads"])
     examples = Examples()
-    trainer = pl.Trainer(
-        **section,
+    trainer = make_trainer(
+        section,
         logger=False,
         enable_checkpointing=False,
         callbacks=[CountBadFiles(), examples, *([Progress()] if section["enable_progress_bar"] else [])],
@@ -70,8 +75,6 @@ def run(cfg: DictConfig) -> None:
         if config["output"]:
             write_scores(Path(config["output"]), path, scores, bad_files)
         if config["per_file"]:
-            if not examples.rows:
-                raise ConfigError(f"per_file={config['per_file']}: this system reports no values for single examples")
             write_rows(Path(config["per_file"]), examples.rows)
 
 

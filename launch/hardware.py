@@ -46,6 +46,8 @@ def resolve_hardware(trainer: dict[str, Any]) -> dict[str, Any]:
         resolved["devices"] = count
     elif wanted == "cuda" and isinstance(devices, int) and devices > gpus:
         raise ConfigError(f"trainer.devices={devices}: {gpus} GPU(s) visible here")
+    if wanted == "cpu" and isinstance(devices, list):
+        raise ConfigError(f"trainer.devices={devices}: a list names GPUs; on a CPU give the number of processes")
     if wanted == "cpu" and trainer.get("sync_batchnorm"):
         log.info("trainer.sync_batchnorm is dropped: it needs GPUs")
         resolved["sync_batchnorm"] = False
@@ -96,8 +98,8 @@ def share_cores(trainer: dict[str, Any], cpu_threads: int | None) -> None:
     if trainer["accelerator"] != "cpu":
         return
     if cpu_threads is not None:
-        if cpu_threads < 1:
-            raise ConfigError(f"cpu_threads={cpu_threads}: give at least 1, or null")
+        if type(cpu_threads) is not int or cpu_threads < 1:
+            raise ConfigError(f"cpu_threads={cpu_threads}: give a whole number of at least 1, or null")
         torch.set_num_threads(cpu_threads)
     elif (processes := num_processes(trainer)) > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

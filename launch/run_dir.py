@@ -103,7 +103,10 @@ def _base(exp_manager: Any, layout: str) -> Path:
     name = str(exp_manager.name)
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"exp_manager.name={name}: give a plain folder name; exp_manager.exp_dir says where")
-    return Path(exp_manager.exp_dir or _EXP_DIR[layout]) / name
+    base = Path(exp_manager.exp_dir or _EXP_DIR[layout]) / name
+    if file := next((part for part in (base, *base.parents) if part.is_file()), None):
+        raise ConfigError(f"exp_manager.exp_dir={exp_manager.exp_dir}: {file} is a file, not a folder")
+    return base
 
 
 def _stamp(base: Path) -> str:

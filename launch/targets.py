@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from omegaconf import DictConfig, OmegaConf
+
 from launch.errors import ConfigError
 from models.checkpoint import find_class
 from models.nest import TARGETS
@@ -25,6 +27,19 @@ DATASETS = ("train_ds", "validation_ds", "test_ds")
 _AUGMENTOR = "nemo.collections.asr.modules.ssl_modules.MultiSpeakerNoiseAugmentation"
 FOREIGN_TARGETS = {f"model.{name}": target for name, target in TARGETS.items()}
 FOREIGN_TARGETS |= {f"model.{name}.batch_augmentor": _AUGMENTOR for name in DATASETS}
+
+
+_SECTIONS = ("model.optim", "model.optim.sched", *(f"model.{name}" for name in DATASETS), "data.loader")
+
+
+def not_sections(cfg: DictConfig) -> list[str]:
+    """A line for each section that is given as a plain value; its keys are read before any class sees it."""
+    values = {key: OmegaConf.select(cfg, key) for key in _SECTIONS}
+    return [
+        f"{key}={value}: must be a section of keys with values"
+        for key, value in values.items()
+        if value is not None and not isinstance(value, DictConfig)
+    ]
 
 
 class Blueprint:

@@ -103,6 +103,11 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The content of the file `path` if it is that of a training checkpoint; raises as `read_checkpoint` does."""
     if "state_dict" not in content:
         raise CheckpointError(f"{path}: not a training checkpoint (no state_dict in it)")
+    if "model_config" in content:
+        raise CheckpointError(
+            f"{path}: an archive of weights without a training state: train.py model.restore_from={path} goes on from"
+            " its weights"
+        )
     version = content.get("format_version")
     if version is not None and not isinstance(version, int):
         raise CheckpointError(f"{path}: format_version in it is a {type(version).__name__}, not a number")

@@ -5,6 +5,7 @@ Huang et al., "NEST: Self-supervised Fast Conformer as All-purpose Seasoning to 
 `EncDecDenoiseMaskedTokenPredModel`; where its known faults are not reproduced, see docs/nemo.md.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,8 @@ TARGETS = {
     "decoder": f"{_MODULES}MultiSoftmaxDecoder",
     "loss": "nemo.collections.asr.losses.MultiMLMLoss",
 }
+log = logging.getLogger(__name__)
+
 NEMO_VERSION = "3.0.0"  # whose network this is
 NEMO_MODEL = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"
 ARCHITECTURE = (
@@ -110,6 +113,8 @@ class NEST(System):
         super().__init__(optim=optim)
         if mask_position not in ("pre_conv", "post_conv"):
             raise ValueError(f"mask_position must be pre_conv or post_conv, got {mask_position!r}")
+        if not isinstance(nemo_compat, bool):
+            raise ValueError(f"nemo_compat must be true or false, got {nemo_compat!r}")
         self.sample_rate, self.mask_position, self.nemo_compat = sample_rate, mask_position, nemo_compat
         self.num_books, self.num_classes = num_books, num_classes
         shared = {"num_classes": num_classes, "num_books": num_books, "code_dim": code_dim}
@@ -239,6 +244,16 @@ class NEST(System):
             nll_sum=output["nll"][0],
             count=output["count"][0],
         )
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if not self.trainer.sanity_checking and float(self.trainer.callback_metrics["val_masked_share"]) == 0:
+            log.warning(
+                "nothing was masked in this validation, so its loss of 0 means nothing: model.masking has"
+                " block_size=%d, mask_prob=%g",
+                self.mask_processor.block_size,
+                self.mask_processor.mask_prob,
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -1,6 +1,7 @@
 """NEST's sections: NeMo's keys for every part, completed from one another and checked before anything is built."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from modules.conformer import ConformerEncoder
 from modules.mel import MelPreprocessor
 from modules.quantizer import RandomProjectionVectorQuantizer
 from modules.softmax_decoder import MultiSoftmaxDecoder
+
+log = logging.getLogger(__name__)
 
 PARTS: dict[str, type[nn.Module]] = {
     "preprocessor": MelPreprocessor,
@@ -25,6 +28,11 @@ _ASKS_FOR_NOTHING = (
     ("reduction_factor", 1),
     ("subsampling_conv_chunking_factor", 1),
     ("use_torchaudio", False),
+    ("global_tokens", 0),
+    ("global_tokens_spacing", 1),
+    ("global_attn_separate", False),
+    ("conv_dual_mode", False),
+    ("conv_context_style", "regular"),
     *((key, value) for key in ("sync_max_audio_length", "use_pytorch_sdpa") for value in (True, False)),
 )
 
@@ -99,6 +107,8 @@ def complete_sections(
     if mask_position == "post_conv":  # NeMo does not follow here, and would join sub-sampled frames once more
         complete["quantizer"]["combine_time_steps"] = 1
     _check_loss(complete["loss"])
+    if masks := [key for key in ("freq_masks", "time_masks") if complete["spec_augment"][key]]:
+        log.warning("model.spec_augment.%s has no effect: NEST never applies it, in NeMo neither", masks[0])
     pad_to = complete["preprocessor"]["pad_to"]
     if pad_to != "max" and isinstance(pad_to, int) and (pad_to < 1 or pad_to % factor):
         raise ValueError(f"preprocessor.pad_to must be a multiple of encoder.subsampling_factor={factor}, got {pad_to}")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modules.checks import numbers, whole_numbers
+from modules.checks import numbers, switches, whole_numbers
 from modules.conformer_layer import ConformerConvolution, ConformerFeedForward, ConformerLayer
 from modules.relative_attention import STYLES, RelativePositions, attention_mask, make_pos_bias
 from modules.subsampling import DwStridingSubsampling, LinearProjection, padding_mask
@@ -163,11 +163,15 @@ class ConformerEncoder(nn.Module):
             subsampling_conv_channels=subsampling_conv_channels,
             ff_expansion_factor=ff_expansion_factor,
             n_heads=n_heads,
+            conv_kernel_size=conv_kernel_size,
         )
         if d_model % 2:
             raise ValueError(f"d_model must be even, half sines and half cosines, got {d_model}")
         _check_dropouts(
             dropout=dropout, dropout_pre_encoder=dropout_pre_encoder, dropout_emb=dropout_emb, dropout_att=dropout_att
+        )
+        switches(
+            use_bias=use_bias, causal_downsampling=causal_downsampling, xscaling=xscaling, untie_biases=untie_biases
         )
         self.feat_in, self.d_model, self.subsampling_factor = feat_in, d_model, subsampling_factor
         self.att_context_size = _attention_context(att_context_size, att_context_style)

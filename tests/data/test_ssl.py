@@ -259,6 +259,15 @@ class Listener(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def test_crops_of_a_recording_that_is_shorter_than_its_manifest_says(tmp_path):
+    write(tmp_path / "a.wav", np.full(2 * RATE, 0.1, np.float32))
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 30.0}\n')
+    one = {"sample_rate": RATE, "batch_size": 1, "num_workers": 0}
+    data = data_of({"manifest_filepath": str(tmp_path / "m.jsonl"), "crop_s": 1.0, **one})
+    dataset = data.train_dataloader().dataset
+    assert all(len(dataset[0, epoch][0]["audio"]) == RATE for epoch in range(10)) and not data.bad_files
+
+
 @pytest.mark.parametrize("drawn", [{"crop_s": 1.0}, {"is_concat": True}])
 def test_only_training_draws(corpus, drawn):
     (key, value), *_ = drawn.items()

@@ -101,3 +101,10 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
         tmp_path / "x.csv", [{"name": "a,b", "sdr": math.nan, "n": 2}, {"name": "c", "sdr": None, "n": 1.23456789}]
     )
     assert (tmp_path / "x.csv").read_text() == 'name,sdr,n\n"a,b",,2\nc,,1.23457\n'
+
+
+def test_rows_of_a_system_without_example_scores(script, trained_nest: Path, in_tmp: Path) -> None:
+    done = script("evaluate", [f"ckpt_path={trained_nest}", "per_file=rows.csv"])
+    assert done.code == 2 and "error: per_file=rows.csv: NEST has no values for single examples\n" in done.err, (
+        done.text
+    )

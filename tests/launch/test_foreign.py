@@ -74,6 +74,22 @@ def test_keys_that_we_do_not_have_are_named(manifests: list[str], in_tmp: Path) 
     assert not Path("nemo_experiments").exists()
 
 
+def test_a_slip_is_answered_as_everywhere(in_tmp: Path) -> None:
+    """Also where a file of ours has the name of the foreign one."""
+    done = run_script("train", [*foreign_flags(in_tmp), "model.encoder.d_modle=1"])
+    assert done.code == 2, done.text
+    slip = "error: model.encoder.d_modle=1: no such key. Did you mean model.encoder.d_model?"
+    assert done.err.splitlines()[1:] == [slip]
+
+
+def test_a_section_hydra_of_its_own_is_refused(in_tmp: Path) -> None:
+    """It would beat exp_manager without a word."""
+    done = run_script("train", foreign_flags(in_tmp, NEMO + "hydra: {run: {dir: x}}\n"))
+    file = in_tmp / "conf" / "nest_fast-conformer.yaml"
+    assert done.err == f"error: {file}: take out its section hydra; exp_manager says where a run lives\n"
+    assert done.code == 2
+
+
 def test_a_file_that_is_none(in_tmp: Path) -> None:
     for text, reason in (("a: [1", "not a configuration"), ("- 1\n", "no mapping"), ("\x00", "not a configuration")):
         (in_tmp / "x.yaml").write_text(text)

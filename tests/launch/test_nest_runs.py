@@ -63,3 +63,46 @@ def test_what_cannot_be_done_with_it_yet_is_said_in_one_line(
 ) -> None:
     done = script(name, [f"ckpt_path={trained_nest}", f"output={output}", *(["input=."] if name == "predict" else [])])
     assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.text
+
+
+def test_a_validation_without_a_masked_frame_is_told(script, named: list[str], in_tmp: Path) -> None:
+    typed = [
+        "model.masking.mask_prob=0",
+        "trainer.max_steps=3",
+        "test=false",
+        "model.optim_param_groups={encoder:{lr:1}}",
+    ]
+    done = script("train", ["model=nest", *TINY_NEST, *named, *typed, "trainer.val_check_interval=2"])
+    assert done.code == 0, done.text
+    assert "nothing was masked in this validation" in done.text and "mask_prob=0" in done.text
+
+
+def test_a_run_that_ends_before_its_first_validation_is_told(script, named: list[str], in_tmp: Path) -> None:
+    done = script("train", ["model=nest", *TINY_NEST, *named, "trainer.max_steps=1", "test=false"])
+    assert done.code == 0, done.text
+    assert "its first validation is due after trainer.val_check_interval=2500: there will be none" in done.text
+
+
+def test_processes_that_hand_their_weights_back(script, named: list[str], in_tmp: Path) -> None:
+    """In a file that is no training checkpoint, as with ddp_spawn, whose processes start ten times slower."""
+    if torch.cuda.is_initialized():
+        pytest.skip("an earlier test used CUDA in this process: Lightning refuses to fork it")
+    typed = ["trainer.strategy=ddp_fork", "trainer.devices=2", "trainer.max_steps=2", "exp_manager.version=one"]
+    done = script("train", ["model=nest", *TINY_NEST, named[0], *typed])
+    assert done.code == 0, done.text
+    files = sorted(file.name for file in Path("runs/nest/one/checkpoints").iterdir())
+    assert read_checkpoint("runs/nest/one/checkpoints/last.ckpt")["global_step"] == 2
+    assert len(files) == 2 and files[1] == "last.ckpt", files
+
+
+@pytest.mark.parametrize("chosen", ["model=nest", "--config-name=nest_fast-conformer"])
+def test_without_validation_the_best_is_kept_at_the_end_of_an_epoch(
+    script, named: list[str], in_tmp: Path, chosen: str
+) -> None:
+    typed = ["trainer.max_epochs=2", "exp_manager.version=one", "exp_manager.exp_dir=runs", "exp_manager.name=x"]
+    archives = chosen != "model=nest"
+    done = script("train", [chosen, *TINY_NEST, named[0], *typed])
+    assert done.code == 0, done.text
+    (best,) = (file for file in Path("runs/x/one/checkpoints").glob("*.ckpt") if file.name != "last.ckpt")
+    assert ("--train_loss=" if archives else "best-step=") in best.name
+    assert best.with_suffix(".nemo").exists() == archives

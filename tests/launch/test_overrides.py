@@ -142,3 +142,29 @@ def test_children_compose_the_same_foreign_primary(in_tmp: Path) -> None:
     )
     assert once[1:3] == ["--config-name", "over_train_run"]
     assert command_line.prepare(once, "train") == once
+
+
+def test_a_slip_without_a_system(script, in_tmp: Path) -> None:
+    done = script("train", ["seed=3", "model.train_ds.manifest_filepat=train.json"])
+    assert done.code == 2
+    slip = "error: model.train_ds.manifest_filepat=train.json: no system has such a key. Did you mean model.train_ds."
+    assert done.err.startswith(slip + "manifest_filepath")
+    assert "choose a system: model=" in script("train", ["seed=3"]).err
+
+
+@pytest.mark.parametrize("override", ["trainer=null", "exp_manager=null", "+callbacks=null"])
+def test_sections_that_cannot_be_left_out(script, in_tmp: Path, override: str) -> None:
+    done = script("train", ["model=conv_tasnet", override])
+    assert (done.code, done.err) == (2, f"error: {override}: the section cannot be left out\n")
+
+
+@pytest.mark.parametrize("key", ["model.optim", "model.optim.sched", "model.train_ds", "data.loader"])
+def test_a_value_in_place_of_a_section(script, in_tmp: Path, key: str) -> None:
+    done = script("train", ["model=nest", "model.train_ds.manifest_filepath=x.json", f"{key}=foo"])
+    assert (done.code, done.err) == (2, f"error: {key}=foo: must be a section of keys with values\n"), done.text
+
+
+def test_a_file_where_runs_should_lie(script, in_tmp: Path) -> None:
+    (in_tmp / "file").write_text("")
+    done = script("train", ["model=nest", "model.train_ds.manifest_filepath=x.json", "exp_manager.exp_dir=file/a"])
+    assert (done.code, done.err) == (2, "error: exp_manager.exp_dir=file/a: file is a file, not a folder\n"), done.text
