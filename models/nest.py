@@ -25,6 +25,8 @@ from modules.mel import MelPreprocessor
 from modules.quantizer import RandomProjectionVectorQuantizer
 from modules.softmax_decoder import MultiSoftmaxDecoder
 
+log = logging.getLogger(__name__)
+
 # What NeMo calls the parts, for the archives that it reads.
 _MODULES = "nemo.collections.asr.modules."
 TARGETS = {
@@ -36,8 +38,6 @@ TARGETS = {
     "decoder": f"{_MODULES}MultiSoftmaxDecoder",
     "loss": "nemo.collections.asr.losses.MultiMLMLoss",
 }
-log = logging.getLogger(__name__)
-
 NEMO_VERSION = "3.0.0"  # whose network this is
 NEMO_MODEL = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"
 ARCHITECTURE = (

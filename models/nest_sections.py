@@ -92,10 +92,10 @@ def complete_sections(
         "masking": {"feat_in": features},
         "quantizer": books | {"feat_in": features, "code_dim": code_dim, "num_books": num_books},
         "encoder": {"feat_in": features},
-        "decoder": books | {"feat_in": encoder["feat_out"] if encoder["feat_out"] > 0 else width},
+        "decoder": books
+        | {"feat_in": encoder["feat_out"] if encoder["feat_out"] > 0 else width, "num_decoders": num_books},
         "loss": {"combine_time_steps": factor, "squeeze_single": squeeze_single, "num_decoders": num_books},
     }
-    follows["decoder"] |= {"num_decoders": num_books}
     if mask_position == "pre_conv":
         follows["quantizer"] |= {"combine_time_steps": factor}
     for name, values in follows.items():
@@ -110,7 +110,7 @@ def complete_sections(
     if masks := [key for key in ("freq_masks", "time_masks") if complete["spec_augment"][key]]:
         log.warning("model.spec_augment.%s has no effect: NEST never applies it, in NeMo neither", masks[0])
     pad_to = complete["preprocessor"]["pad_to"]
-    if pad_to != "max" and isinstance(pad_to, int) and (pad_to < 1 or pad_to % factor):
+    if mask_position == "pre_conv" and isinstance(pad_to, int) and (pad_to < 1 or pad_to % factor):
         raise ValueError(f"preprocessor.pad_to must be a multiple of encoder.subsampling_factor={factor}, got {pad_to}")
     if complete["quantizer"]["time_ahead"]:
         raise ValueError("quantizer.time_ahead must be false: features come with time last")

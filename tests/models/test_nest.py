@@ -176,6 +176,11 @@ def test_sections_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
         build(**arguments)
 
 
+def test_masking_after_the_subsampling_needs_no_padding() -> None:
+    system = build(mask_position="post_conv", preprocessor={"pad_to": 0}, masking={"mask_prob": 0.3})
+    assert int(system.step(make_batch([24010]))["loss_count"]) > 0
+
+
 def test_what_nemo_has_beside_is_taken_when_it_asks_for_nothing() -> None:
     build(encoder={"reduction": None, "reduction_factor": 1}, preprocessor={"_target_": "x.Y", "stft_conv": None})
     with pytest.raises(ValueError, match=r"encoder\.reduction: no such key"):
