@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.accept import Scores, summarise, table
-from benchmarks.training import OurTraining
+from benchmarks.training import OurTraining, plan_training
 from data.manifest import read_manifest, write_manifest
 from data.mixtures import MixtureDataset
 from data.sampler import EpochSampler
@@ -118,7 +118,7 @@ def start_ours(protocol: dict[str, Any], manifest: Path, work: Path) -> OurTrain
         "data.test_manifest=null",
         f"seed={protocol['train_seed']}",
     ]
-    return OurTraining(
+    plan = plan_training(
         overrides,
         length=length,
         epochs=_EPOCHS,
@@ -126,6 +126,7 @@ def start_ours(protocol: dict[str, Any], manifest: Path, work: Path) -> OurTrain
         reserve=_RESERVE,
         work=work,
     )
+    return OurTraining(overrides, length=length, plan=plan, work=work)
 
 
 def length(steps: int) -> list[str]:

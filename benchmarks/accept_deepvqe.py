@@ -19,7 +19,7 @@ from benchmarks.accept import Scores, mean_and_error
 from benchmarks.echo_baselines import speex, webrtc_aec3
 from benchmarks.echo_scores import MEASURES, Canceller, Clip, Values, cancel, collect, known, read_clips, score, summary
 from benchmarks.echo_scores import table as score_table
-from benchmarks.training import OurTraining
+from benchmarks.training import OurTraining, plan_training
 from data.audio import write_audio
 from data.manifest import read_manifest, write_manifest
 from metrics import perceptual
@@ -95,7 +95,7 @@ def start_ours(protocol: dict[str, Any], folder: Path, work: Path) -> OurTrainin
     def length(steps: int) -> list[str]:
         return [f"trainer.max_steps={steps}", f"data.train_examples={steps // epochs * batch_size}"]
 
-    return OurTraining(
+    plan = plan_training(
         overrides,
         length=length,
         epochs=epochs,
@@ -103,6 +103,7 @@ def start_ours(protocol: dict[str, Any], folder: Path, work: Path) -> OurTrainin
         reserve=_RESERVE,
         work=work,
     )
+    return OurTraining(overrides, length=length, plan=plan, work=work)
 
 
 def our_cancellers(checkpoint: Path, protocol: dict[str, Any]) -> dict[str, Canceller]:

@@ -127,19 +127,18 @@ def start_seed(
         f"seed={seed}",
     ]
     validations = protocol["validations"]
-    settings: dict[str, Any] = {
-        "length": lambda steps: [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps // validations}"],
-        "epochs": validations,
-        "cpu_minutes": protocol["cpu_minutes"],
-        "reserve": _RESERVE,
-    }
+
+    def length(steps: int) -> list[str]:
+        return [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps // validations}"]
+
     file, key = work / "plan.json", {name: protocol[name] for name in _OF_TRAINING}
     if not file.is_file():
-        plan = plan_training(overrides, **settings, work=work)
+        budget = {"cpu_minutes": protocol["cpu_minutes"], "reserve": _RESERVE}
+        plan = plan_training(overrides, length=length, epochs=validations, work=work, **budget)
         _write(file, {"protocol": key, "plan": plan._asdict()})
     known = json.loads(file.read_text())
     _same(file, known["protocol"], key)
-    return OurTraining(overrides, **settings, work=folder, plan=Plan(**known["plan"]))
+    return OurTraining(overrides, length=length, plan=Plan(**known["plan"]), work=folder, resume=True)
 
 
 def score_seed(

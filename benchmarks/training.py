@@ -34,7 +34,12 @@ def plan_training(
     reserve: float,
     work: Path,
 ) -> Plan:
-    """Two short runs in the work folder. Arguments: as `OurTraining`."""
+    """What two short runs in the work folder say of a recipe.
+
+    *overrides*: as typed after train.py. *length*: the overrides for so many steps in all. *epochs*: of the recipe;
+    the number of steps is a multiple of it, and each ends in the recipe's validation, calibration included.
+    *reserve*: share of the budget that is not planned with, for steps that cost more than in the calibration.
+    """
     base = [*overrides, f"exp_manager.exp_dir={work}", "exp_manager.name=calibration"]
     costs = []
     for steps in _CALIBRATION_STEPS:
@@ -55,31 +60,16 @@ def plan_training(
 class OurTraining:
     """A recipe through the command line, in a process of its own that is running once this is made.
 
-    *overrides*: as typed after train.py. *length*: the overrides for so many steps in all. *epochs*: of the recipe;
-    the number of steps is a multiple of it, and each ends in the recipe's validation, calibration included.
-    *reserve*: share of the budget that is not planned with, for steps that cost more than in the calibration.
-    *plan*: of an earlier calibration; one that has begun in this work folder is then continued.
+    *overrides*, *length*, *work*: as `plan_training`. *resume*: continue one that has begun in this work folder.
     """
 
     def __init__(
-        self,
-        overrides: list[str],
-        *,
-        length: Callable[[int], list[str]],
-        epochs: int,
-        cpu_minutes: float,
-        reserve: float,
-        work: Path,
-        plan: Plan | None = None,
+        self, overrides: list[str], *, length: Callable[[int], list[str]], plan: Plan, work: Path, resume: bool = False
     ) -> None:
-        known = plan is not None
-        plan = plan or plan_training(
-            overrides, length=length, epochs=epochs, cpu_minutes=cpu_minutes, reserve=reserve, work=work
-        )
         self.planned, self.calibration_s = plan.steps, plan.calibration_s
         self.folder = work / "ours"
         limits = [*length(plan.steps), f"callbacks.budget.cpu_minutes={plan.left_s / 60}"]
-        limits += ["exp_manager.resume_if_exists=true"] * known
+        limits += ["exp_manager.resume_if_exists=true"] * resume
         typed = [*overrides, f"exp_manager.exp_dir={work}", "exp_manager.name=ours", *limits]
         self.process = _start_train(typed, quiet=True)
 

@@ -165,7 +165,7 @@ class SystemData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader | list:
         loader = self._loader("train")
         if self.trainer is not None:
-            _count_over_epochs(self.trainer, len(loader))
+            _settle_validation(self.trainer, len(loader))
         return loader
 
     def val_dataloader(self) -> DataLoader | list:
@@ -269,28 +269,31 @@ class SystemData(pl.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-def _count_over_epochs(trainer: pl.Trainer, num_batches: int) -> None:
-    """Let a validation that is due less than once per epoch be due over epochs, where Lightning would refuse it."""
+def _settle_validation(trainer: pl.Trainer, num_batches: int) -> None:
+    """What `val_check_interval` means for epochs of so many batches, where it is a number of batches.
+
+    More than an epoch has are counted over epochs, where Lightning would refuse them; a run that ends before them is
+    told so.
+    """
     interval = trainer.val_check_interval
-    whole = isinstance(interval, int) and not isinstance(interval, bool)
-    if not whole:
+    if isinstance(interval, bool) or not isinstance(interval, int):
         return
     limit = trainer.limit_train_batches
-    most = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
-    planned = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps >= 0 else []
-    planned += [trainer.max_epochs * most] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
-    if planned and min(planned) < interval:
-        log.warning(
-            "this run has %d batches, its first validation is due after trainer.val_check_interval=%d: there will be"
-            " none, and no best checkpoint; lower it",
-            min(planned),
-            interval,
-        )
-    if interval > most and trainer.check_val_every_n_epoch is not None:
+    epoch = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    if interval > epoch and trainer.check_val_every_n_epoch is not None:
         trainer.check_val_every_n_epoch = None
         log.info(
             "trainer.val_check_interval=%d is more than the %d batches of an epoch: it is counted over epochs"
             " (trainer.check_val_every_n_epoch=null)",
             interval,
-            most,
+            epoch,
+        )
+    ends = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps >= 0 else []
+    ends += [trainer.max_epochs * epoch] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    if ends and min(ends) < interval:
+        log.warning(
+            "this run has %d batches, its first validation is due after trainer.val_check_interval=%d: there will be"
+            " none, and no best checkpoint; lower it",
+            min(ends),
+            interval,
         )

@@ -98,7 +98,7 @@ class SpeechNoiseDataset(Dataset):
         offset, duration = row.get("offset", 0.0), row.get("duration")
         if settings.crop_s is not None:
             there = audio_info(row["audio_filepath"]).duration_s - offset  # a manifest may promise more
-            spare = min(duration_s(row), there) - settings.crop_s
+            spare = min(row.get("duration", there), there) - settings.crop_s
             if spare > 0:
                 offset, duration = offset + rng.uniform(0, spare), settings.crop_s
         audio = read_audio(

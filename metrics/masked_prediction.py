@@ -10,6 +10,23 @@ from torch.nn.functional import pad
 from torchmetrics import Metric
 
 
+def with_books(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with an axis for the books, which those of a single book may lack.
+
+    Shape: (B, T, C[, N]), (B, T'[, N]) -> (B, T, C, N), (B, T', N).
+    """
+    return (log_probs.unsqueeze(-1), targets.unsqueeze(-1)) if log_probs.ndim == 3 else (log_probs, targets)
+
+
+def right_tokens(log_probs: Tensor, targets: Tensor, selected: Tensor) -> Tensor:
+    """Which of the selected tokens are the most likely ones. Targets that end earlier go on with class 0.
+
+    Shape: log_probs (B, T, C, N), targets (B, T', N), selected (B, T) bool -> (B, T, N) bool.
+    """
+    targets = pad(targets, (0, 0, 0, selected.shape[1] - targets.shape[1]))  # (B, T, N)
+    return (log_probs.detach().argmax(2) == targets) & selected.unsqueeze(-1)
+
+
 class MaskedPredictionMetrics(Metric):
     """Shares and perplexities over all tokens of all batches and processes.
 
@@ -31,7 +48,6 @@ class MaskedPredictionMetrics(Metric):
     selected_tokens: Tensor
     valid_tokens: Tensor
     nll_sum: Tensor
-    count: Tensor
     empty_batches: Tensor
 
     def __init__(self, *, num_books: int, num_classes: int) -> None:
@@ -43,34 +59,28 @@ class MaskedPredictionMetrics(Metric):
         self.add_state("selected_tokens", torch.zeros(histogram, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("valid_tokens", torch.zeros(histogram, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("nll_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("empty_batches", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(
-        self, *, log_probs: Tensor, targets: Tensor, selected: Tensor, valid: Tensor, nll_sum: Tensor, count: Tensor
-    ) -> None:
+    def update(self, *, log_probs: Tensor, targets: Tensor, selected: Tensor, valid: Tensor, nll_sum: Tensor) -> None:
         """Adds a batch.
 
-        *selected*: tokens whose frames are masked. *valid*: those that are not padding. *nll_sum*, *count*: as
-        losses/masked_prediction.py has them. Targets may end earlier or later, as there.
+        *selected*: tokens whose frames are masked. *valid*: those that are not padding. *nll_sum*: as
+        losses/masked_prediction.py has it. Targets may end earlier or later, as there.
 
-        Shape: log_probs (B, T, C[, N]), targets (B, T'[, N]), selected, valid (B, T) bool, nll_sum, count ().
+        Shape: log_probs (B, T, C[, N]), targets (B, T'[, N]), selected, valid (B, T) bool, nll_sum ().
         """
-        if log_probs.ndim == 3:
-            log_probs, targets = log_probs.unsqueeze(-1), targets.unsqueeze(-1)
+        log_probs, targets = with_books(log_probs, targets)
         if log_probs.shape[2:] != (self.num_classes, self.num_books):
             raise ValueError(
                 f"log_probs must end in {self.num_classes} classes and {self.num_books} books, "
                 f"got {tuple(log_probs.shape)}"
             )
         targets = pad(targets, (0, 0, 0, selected.shape[1] - targets.shape[1]))  # (B, T, N)
-        right = (log_probs.detach().argmax(2) == targets) & selected.unsqueeze(-1)
-        self.correct += right.sum()
+        self.correct += right_tokens(log_probs, targets, selected).sum()
         self.selected_tokens += self._histogram(targets, selected)
         self.valid_tokens += self._histogram(targets, valid)
         self.nll_sum += nll_sum.detach()
-        self.count += count
-        self.empty_batches += count == 0
+        self.empty_batches += ~selected.any()
 
     def compute(self) -> dict[str, Tensor]:
         num_selected = self.selected_tokens.sum()
@@ -80,7 +90,7 @@ class MaskedPredictionMetrics(Metric):
         values = {
             "accuracy": self.correct / num_selected.clamp_min(1),
             "constant_accuracy": self.selected_tokens.amax(1).sum() / num_selected.clamp_min(1),
-            "perplexity": (self.nll_sum / self.count.clamp_min(1)).exp(),
+            "perplexity": (self.nll_sum / (num_selected / self.num_books).clamp_min(1)).exp(),
             "codebook_usage": (self.valid_tokens > 0).double().mean(),
             "codebook_perplexity": entropy.exp().mean(),
             "masked_share": num_selected / num_valid.clamp_min(1),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from losses.masked_prediction import masked_nll, selected_frames
-from metrics.masked_prediction import MaskedPredictionMetrics
+from metrics.masked_prediction import MaskedPredictionMetrics, right_tokens, with_books
 from models.base import System
 from models.nemo import write_nemo
 from models.nest_sections import after_subsampling, build_part, complete_sections
@@ -216,9 +216,10 @@ class NEST(System):
         elif not self.training:
             output["num_compared"] = 1
         if self.training:
+            right = right_tokens(*with_books(log_probs, tokens), selected)
             self._num_empty_batches = self._num_empty_batches.to(count.device, non_blocking=True) + (count == 0)
             output |= {
-                "accuracy": _accuracy(log_probs, tokens, selected),
+                "accuracy": right.sum() / (count.clamp(min=1) * self.num_books),
                 "empty_batches": self._num_empty_batches.float(),
             }
             return output
@@ -229,7 +230,6 @@ class NEST(System):
             "selected": selected,
             "valid": valid,
             "nll": nll_sum[None],  # not a scalar: the metric sums it up
-            "count": count[None],
         }
 
     def make_metric(self, stage: str) -> MaskedPredictionMetrics:
@@ -242,7 +242,6 @@ class NEST(System):
             selected=output["selected"],
             valid=output["valid"],
             nll_sum=output["nll"][0],
-            count=output["count"][0],
         )
 
     def on_validation_epoch_end(self) -> None:
@@ -276,12 +275,3 @@ class NEST(System):
         sections["loss"].pop("reduce")  # ours alone
         optim = {key: value for key, value in self.optim.items() if value is not None}
         return {**scalars, **sections, "target": NEMO_MODEL, "nemo_version": NEMO_VERSION, "optim": optim}
-
-
-def _accuracy(log_probs: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
-    """Share of the selected frames' tokens that are the most likely ones; 0 where none is selected."""
-    frames = min(log_probs.shape[1], tokens.shape[1], selected.shape[1])
-    right = (log_probs.detach()[:, :frames].argmax(2) == tokens[:, :frames]).float()
-    right = right.flatten(2).mean(2) if right.ndim > 2 else right  # over the books
-    chosen = selected[:, :frames]
-    return (right * chosen).sum() / chosen.sum().clamp(min=1)

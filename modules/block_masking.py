@@ -15,19 +15,19 @@ from modules.checks import numbers, switches, whole_numbers
 from modules.counter_random import uniform
 
 
-def overlapping_blocks(uniform: Tensor, length: Tensor, *, block_size: int, mask_prob: float) -> Tensor:
+def overlapping_blocks(scores: Tensor, length: Tensor, *, block_size: int, mask_prob: float) -> Tensor:
     """Each frame with room for a block behind it starts one with probability *mask_prob*; blocks may overlap.
 
     Arguments
-        uniform: random numbers in [0, 1).
+        scores: random numbers in [0, 1), one for each frame.
         length: valid frames of each item.
         block_size: frames of a block.
 
     Shape: (B, T) and (B,) -> (B, T) bool, true where masked.
     """
-    num_frames = uniform.shape[1]
-    frames = torch.arange(num_frames, device=uniform.device)
-    starts = (uniform < mask_prob) & (frames + block_size <= length[:, None])
+    num_frames = scores.shape[1]
+    frames = torch.arange(num_frames, device=scores.device)
+    starts = (scores < mask_prob) & (frames + block_size <= length[:, None])
     num_started = starts.cumsum(1)  # (B, T): up to this frame, itself included
     num_ended = F.pad(num_started, (block_size, 0))[:, :num_frames]
     return num_started > num_ended

@@ -108,7 +108,8 @@ def test_training_and_validation_share_no_talker(in_tmp: Path, monkeypatch: pyte
     rows = [{"audio_filepath": f"{name}.flac", "duration": 1.0, "speaker": name} for name in speakers]
     write_manifest(in_tmp / PROTOCOL["speech_manifest"], rows)
     given = {}
-    monkeypatch.setattr(accept_deepvqe, "OurTraining", lambda overrides, **plan: given.update(plan, typed=overrides))
+    for name in ("plan_training", "OurTraining"):
+        monkeypatch.setattr(accept_deepvqe, name, lambda overrides, **options: given.update(options, typed=overrides))
     work = in_tmp / "work"
     start_ours(PROTOCOL, in_tmp, work)
     assert {row["speaker"] for row in read_manifest(work / "train.jsonl")} == {"a", "b"}

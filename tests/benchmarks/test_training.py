@@ -32,9 +32,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeTraining]:
 
 
 def start(work: Path) -> training.OurTraining:
-    return training.OurTraining(
-        ["seed=1"], length=lambda steps: [f"steps={steps}"], epochs=5, cpu_minutes=2.0, reserve=0.1, work=work
-    )
+    def length(steps: int) -> list[str]:
+        return [f"steps={steps}"]
+
+    plan = training.plan_training(["seed=1"], length=length, epochs=5, cpu_minutes=2.0, reserve=0.1, work=work)
+    return training.OurTraining(["seed=1"], length=length, plan=plan, work=work)
 
 
 def test_the_steps_fill_the_budget_less_calibration_and_reserve(in_tmp: Path, fake: type[FakeTraining]) -> None:

@@ -41,7 +41,6 @@ def make_batch(seed: int, *, batch: int = 3, share: float = 0.5) -> dict[str, Te
         "selected": selected,
         "valid": valid,
         "nll_sum": nll[selected].sum(),
-        "count": selected.sum(),
     }
 
 
