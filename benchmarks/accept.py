@@ -21,6 +21,7 @@ import yaml
 from callbacks import clock
 
 HERE = Path(__file__).parent
+TAKE_CHECKPOINT = ("deepvqe", "unet")
 # One list of scores per contestant, over the same examples in the same order.
 Scores = dict[str, list[float]]
 
@@ -71,9 +72,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the protocol's manifest")
     parser.add_argument("--work", type=Path, default=Path("runs/accept"), help="where runs and results go")
     parser.add_argument("--cpu-minutes", type=float, help="another budget than the protocol's: no acceptance")
-    parser.add_argument("--ckpt", type=Path, help="score this checkpoint instead of training one (deepvqe)")
+    parser.add_argument(
+        "--ckpt", type=Path, help=f"score this checkpoint instead of training one ({' or '.join(TAKE_CHECKPOINT)})"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.ckpt and arguments.system != "deepvqe":
+    if arguments.ckpt and arguments.system not in TAKE_CHECKPOINT:
         parser.error(
             f"--ckpt: {arguments.system} trains ours beside its peer, an older checkpoint would be no comparison"
         )

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from callbacks.graceful import GracefulStop
 from callbacks.monitor import Monitor
+from callbacks.window import Window
 
-_COST = ("steps", "wall_s", "cpu_s", "examples_per_s", "data_wait_share", "peak_mem_mb")
+_COST = ("steps", "wall_s", "cpu_s", "peak_mem_mb", *Window().means())
 
 
 class Summary(pl.Callback):
     """Writes `<run directory>/summary.json` when training ends, however it ends, and again after a test.
 
     Keys: `metrics` (the last logged value of each `train_*` and `val_*`, and `test_*` after a test),
-    `best_checkpoint` (relative to the run directory), `bad_files` (how many could not be used), steps, wall_s, cpu_s,
-    examples_per_s, data_wait_share and peak_mem_mb of the Monitor callback, `versions`, and `status`: completed,
-    stopped (by a signal) or failed. A value that is not known, or not finite, is null. A test alone adds its metrics
-    to a summary that is there.
+    `best_checkpoint` (relative to the run directory), `bad_files` (how many could not be used), what `Monitor.summary`
+    returns (steps, wall_s, cpu_s, examples_per_s, …), `versions`, and `status`: completed, stopped (by a signal) or
+    failed. A value that is not known, or not finite, is null. A test alone adds its metrics to a summary that is there.
     """
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
@@ -53,9 +53,8 @@ class SystemData(pl.LightningDataModule):
         train_manifest: manifest to train on.
         val_manifest: manifest to validate on; None: no validation.
         test_manifest: manifest to test on.
-        speech_dir: in place of manifests, a folder of recordings, scanned and split 80/10/10 by speaker;
-            the split depends on the speakers' names only, so that other seeds are tested on the same
-            voices.
+        folder: in place of manifests, a folder that `scan_folder` splits into the three parts; a subclass's argument
+            for it is called `FOLDER_KEY`.
         batch_size: training examples per process and step.
         eval_batch_size: examples per process in validation and test; None: `batch_size`.
         seed: seed of order and of all randomness in training examples.
@@ -65,13 +64,15 @@ class SystemData(pl.LightningDataModule):
             `data.loader.choose_loader_settings`.
     """
 
+    FOLDER_KEY: ClassVar[str] = "speech_dir"
+
     def __init__(
         self,
         *,
         train_manifest: str | None = None,
         val_manifest: str | None = None,
         test_manifest: str | None = None,
-        speech_dir: str | None = None,
+        folder: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         seed: int = 0,
@@ -81,8 +82,9 @@ class SystemData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.manifests = {"train": train_manifest, "val": val_manifest, "test": test_manifest}
-        if speech_dir is not None and any(self.manifests.values()):
-            raise ValueError("give either speech_dir or manifests, not both: speech_dir is split into all three parts")
+        if folder is not None and any(self.manifests.values()):
+            key = self.FOLDER_KEY
+            raise ValueError(f"give either {key} or manifests, not both: {key} is split into all three parts")
         batch_size = whole_number("batch_size", batch_size, least=1)
         eval_batch_size = whole_number(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, least=1
@@ -91,7 +93,7 @@ class SystemData(pl.LightningDataModule):
         if unknown:
             raise ValueError(f"loader.{unknown[0]}: no such key, there are {', '.join(_LOADER_KEYS)}")
         choose_loader_settings(**(loader or {}))  # bad values are refused here, not when training starts
-        self.speech_dir = speech_dir
+        self.folder = folder
         self.batch_sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
         self.seed = whole_number("seed", seed, least=0)
         self.loader = dict(loader or {})
@@ -110,15 +112,22 @@ class SystemData(pl.LightningDataModule):
 
     def has_data(self, stage: str) -> bool:
         """Whether the configuration names data for this stage (nothing is read)."""
-        return self.speech_dir is not None or self.manifests[stage] is not None
+        return self.folder is not None or self.manifests[stage] is not None
+
+    def scan_folder(self, folder: str) -> dict[str, list[dict[str, Any]]]:
+        """The rows of train, val and test: by default of recordings, split 80/10/10 by speaker.
+
+        The split depends on the speakers' names only, so that other seeds are tested on the same voices.
+        """
+        return split_by_speaker(scan_speakers(folder))
 
     def rows(self, stage: str) -> list[dict[str, Any]] | None:
         """The manifest rows of a stage, read at the first call; None when it has no data."""
         if not self.has_data(stage):
             return None
         if stage not in self._rows:
-            if self.speech_dir is not None:
-                self._rows = split_by_speaker(scan_speakers(self.speech_dir))
+            if self.folder is not None:
+                self._rows = self.scan_folder(self.folder)
                 self._bad_files.watch(row for rows in self._rows.values() for row in rows)
             else:
                 self._rows[stage] = self.read_rows(str(self.manifests[stage]))
@@ -184,7 +193,7 @@ class SystemData(pl.LightningDataModule):
 
     def data_hint(self, stage: str) -> str:
         """What to do when a stage has no data, for messages."""
-        return f"set data.{stage}_manifest=<file> or data.speech_dir=<folder>"
+        return f"set data.{stage}_manifest=<file> or data.{self.FOLDER_KEY}=<folder>"
 
     def sampler(self, stage: str, dataset: Dataset) -> EpochSampler:
         """The sampler of a stage for this process, starting at the resumed position."""

@@ -29,5 +29,9 @@ class AudioError(FileError):
     """One recording cannot be read or written."""
 
 
+class ImageError(FileError):
+    """One image or mask cannot be read or written."""
+
+
 class ManifestError(DataError):
     """A manifest cannot be read; the message names the file and the line."""

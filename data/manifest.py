@@ -1,13 +1,17 @@
-"""Manifests: one recording, fixed mixture or echo recording per row, NeMo's keys, paths relative to its own folder.
+"""Manifests: one recording, fixed mixture, echo recording or image per row, NeMo's keys, paths relative to its folder.
 
     {"audio_filepath": "speech/anna/01.flac", "duration": 4.2, "speaker": "anna", "text": "..."}
     {"mix_filepath": "mix/7.wav", "s1_filepath": "s1/7.wav", "s2_filepath": "s2/7.wav", "duration": 4.2, "id": "7"}
     {"mic_filepath": "7_mic.wav", "farend_filepath": "7_lpb.wav", "duration": 9.0, "scenario": "far_end"}
+    {"image_filepath": "photos/7.jpg", "mask_filepath": "masks/7.png", "source": "harbour", "split": "train"}
 
 The first is a talker (or a noise: no speaker), the second a mixture that was made once and for all, its noise as
 `noise_filepath` where it has one. The third is a microphone with its far-end reference, and as `clean_filepath` what
-should be left of it, where that is known; `delay_ms` says by how much the echo comes later. A manifest holds one kind.
-JSON lines, or CSV with the same names as columns when the file's name ends in .csv (see `data.tables`).
+should be left of it, where that is known; `delay_ms` says by how much the echo comes later. The fourth is an image
+whose marks a mask shows, or as `clean_filepath` the same photo without its marks; with `marked: false` one that has
+none, with none of these a photo to draw marks on. `source` names the photo that several images were made from. A
+manifest holds one kind. JSON lines, or CSV with the same names as columns when the file's name ends in .csv (see
+`data.tables`).
 
 `offset` (seconds) makes a row a part of longer files. Every key that ends in `_filepath` is a path and is treated
 like `audio_filepath`. A manifest is data from elsewhere: each row is checked, and nothing in it is ever run. It may
@@ -30,6 +34,7 @@ from data.tables import is_csv, read_table
 TALKER_KEYS = ("audio_filepath", "duration")
 MIXTURE_KEYS = ("mix_filepath", "s1_filepath", "duration")
 ECHO_KEYS = ("mic_filepath", "duration")
+IMAGE_KEYS = ("image_filepath",)
 LINE_KEY = "manifest_line"
 
 # The key that tells a row's kind (the first that it has), what such a row is called, and the keys that it needs.
@@ -37,9 +42,11 @@ _KINDS = {
     "audio_filepath": ("a talker", TALKER_KEYS),
     "mix_filepath": ("a fixed mixture", MIXTURE_KEYS),
     "mic_filepath": ("an echo recording", ECHO_KEYS),
+    "image_filepath": ("an image", IMAGE_KEYS),
 }
 _NUMBERS = ("duration", "offset", "delay_ms")
 _NAMES = ("speaker", "id")
+_SPLITS = ("train", "val", "test")
 _SOURCE_KEY = re.compile(r"s([1-9]\d*)_filepath")
 
 
@@ -51,8 +58,8 @@ def read_manifest(
     Args:
         path: the JSON-lines or CSV file.
         required: keys that each row must have. None: those of talkers (`TALKER_KEYS`), fixed mixtures
-            (`MIXTURE_KEYS`) or echo recordings (`ECHO_KEYS`, a scenario and the far end that it has), whichever the
-            first row is; all others must be of the same kind.
+            (`MIXTURE_KEYS`), echo recordings (`ECHO_KEYS`, a scenario and the far end that it has) or images
+            (`IMAGE_KEYS`), whichever the first row is; all others must be of the same kind.
         keep: the keys to look at, with the names that they get; None: all, as they are.
 
     Returns:
@@ -69,7 +76,7 @@ def read_manifest(
         if keep is not None:
             values = {keep[key]: value for key, value in values.items() if key in keep}
         try:
-            row = _read_row(_numbers(values) if is_csv(path) else values, folder, required)
+            row = _read_row(_typed(values) if is_csv(path) else values, folder, required)
             if required is None and rows and main_key(row) != main_key(rows[0]):
                 here, there = (f"{_KINDS[key][0]} ({key})" for key in (main_key(row), main_key(rows[0])))
                 raise ManifestError(f"{here} in a manifest that begins with {there}; make two manifests of them")
@@ -82,8 +89,8 @@ def read_manifest(
 
 
 def place_of(row: Mapping[str, Any]) -> str:
-    """A row of recordings in a message: its line and its file, "train.jsonl, line 12: /speech/a.wav"."""
-    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath") if row.get(key))
+    """A row of recordings or images in a message: its line and its file, "train.jsonl, line 12: /speech/a.wav"."""
+    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath", "image_filepath") if row.get(key))
 
 
 def write_manifest(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -103,8 +110,9 @@ def manifest_text(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def main_key(row: Mapping[str, Any]) -> str:
-    """The key that tells a row's kind and names its main file: audio_filepath, mix_filepath or mic_filepath."""
-    missing = "mic_filepath" if "farend_filepath" in row else "audio_filepath"
+    """The key that tells a row's kind and names its main file: audio_, mix_, mic_ or image_filepath."""
+    hints = {"farend_filepath": "mic_filepath", "mask_filepath": "image_filepath", "marked": "image_filepath"}
+    missing = next((key for hint, key in hints.items() if hint in row), "audio_filepath")
     return next((key for key in _KINDS if key in row), missing)
 
 
@@ -118,6 +126,11 @@ def is_echo(row: Mapping[str, Any]) -> bool:
     return main_key(row) == "mic_filepath"
 
 
+def is_image(row: Mapping[str, Any]) -> bool:
+    """Whether a row is an image."""
+    return main_key(row) == "image_filepath"
+
+
 def source_keys(row: Mapping[str, Any]) -> list[str]:
     """The keys of a fixed mixture's sources in order: s1_filepath, s2_filepath, …"""
     return sorted((key for key in row if _SOURCE_KEY.fullmatch(key)), key=lambda key: (len(key), key))
@@ -128,9 +141,11 @@ def path_keys(row: Mapping[str, Any]) -> list[str]:
     return [key for key in row if key.endswith("_filepath")]
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A CSV row with its numbers read; text that is none stays, and is refused by the check that follows."""
+def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A CSV row with its numbers, true and false read; text that is neither stays, and is refused by the checks."""
     read: dict[str, Any] = dict(row)
+    if "marked" in row:
+        read["marked"] = {"true": True, "false": False}.get(row["marked"].lower(), row["marked"])
     for key in _NUMBERS:
         try:
             read[key] = float(row[key])
@@ -150,6 +165,8 @@ def _read_row(row: dict[str, Any], folder: Path, required: Sequence[str] | None)
         raise ManifestError(f"{sources[-1]} without all before it: there is {', '.join(sources)}")
     if is_echo(row):
         row = _with_scenario(row, strict=required is None)
+    if is_image(row):
+        row = _with_known_marks(row)
     return {key: _checked(key, value, folder) for key, value in row.items()}
 
 
@@ -173,6 +190,26 @@ def _with_scenario(row: dict[str, Any], *, strict: bool) -> dict[str, Any]:
     if strict and "farend_filepath" not in row and scenario != "near_end":
         raise ManifestError(f"key 'farend_filepath' is missing; only near_end rows may do without, this is {scenario}")
     return row if scenario is None else row | {"scenario": scenario}
+
+
+def _with_known_marks(row: dict[str, Any]) -> dict[str, Any]:
+    """An image row that does not contradict itself about its marks, its `source` as text."""
+    marked = row.get("marked")
+    if "marked" in row and not isinstance(marked, bool):
+        raise ManifestError(f"marked must be true or false, got {json.dumps(marked)[:60]}")
+    known_by = [key for key in ("mask_filepath", "clean_filepath") if key in row]
+    if len(known_by) > 1:
+        raise ManifestError("mask_filepath and clean_filepath both say where the marks are; keep one")
+    if marked is False and known_by:
+        raise ManifestError(f"marked is false, but {known_by[0]} says where its marks are; keep one")
+    if marked is True and not known_by:
+        raise ManifestError("marked is true, but nothing says where its marks are: add mask_filepath or clean_filepath")
+    if row.get("split", "train") not in _SPLITS:
+        raise ManifestError(f"split must be one of {', '.join(_SPLITS)}, got {json.dumps(row['split'])[:60]}")
+    source = row.get("source", "")
+    if not isinstance(source, str | int) or isinstance(source, bool):
+        raise ManifestError(f"source must be text, got {json.dumps(source)[:60]}")
+    return row | {"source": str(source)} if "source" in row else row
 
 
 def _checked(key: str, value: Any, folder: Path) -> Any:

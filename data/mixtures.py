@@ -97,7 +97,7 @@ class SeparationData(SystemData):
             train_manifest=train_manifest,
             val_manifest=val_manifest,
             test_manifest=test_manifest,
-            speech_dir=speech_dir,
+            folder=speech_dir,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             seed=seed,

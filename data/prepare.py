@@ -14,8 +14,11 @@ from typing import Any
 from data.aishell3 import aishell3 as aishell3_rows
 from data.corpus import check_splits
 from data.demo import check_demo, make_demo
+from data.demo_photos import check_demo_photos, make_demo_photos
 from data.errors import DataError
-from data.manifest import is_mixture, manifest_text, source_keys, write_manifest
+from data.folders import find_folder
+from data.image_folders import check_image_splits, scan_clwd, scan_images, split_by_source
+from data.manifest import is_image, is_mixture, manifest_text, source_keys, write_manifest
 from data.mixture_corpora import Splits, talkers
 from data.mixture_corpora import librimix as librimix_rows
 from data.mixture_corpora import wsj0mix as wsj0mix_rows
@@ -112,12 +115,63 @@ def aishell3(parser: argparse.ArgumentParser) -> Run:
     return _check_or_write(make, check_splits)
 
 
+def demo_photos(parser: argparse.ArgumentParser) -> Run:
+    """photos to draw marks on, copied from the scikit-image and scikit-learn wheels (offline, in a second)"""
+    parser.add_argument("--output", default="demo_photos", help="folder to make (default: %(default)s)")
+
+    def run(options: argparse.Namespace) -> list[str]:
+        if options.check:
+            return check_demo_photos(options.output)
+        make_demo_photos(options.output)
+        return []
+
+    return run
+
+
+def images(parser: argparse.ArgumentParser) -> Run:
+    """manifests for a folder of photos, of images with masks, or of watermarked / clean pairs, split by source photo"""
+    _add_folders(parser, "folder with images/ and masks/, with watermarked/, clean/ and perhaps masks/, or of photos")
+    parser.add_argument(
+        "--allow-missing-mask",
+        choices=("error", "clean"),
+        default="error",
+        help="clean: an image without mask has no marks (default: %(default)s)",
+    )
+    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of sources (default: %(default)s)")
+    parser.add_argument("--test-fraction", type=_share, default=0.1, help="share of sources (default: %(default)s)")
+
+    def make(options: argparse.Namespace) -> Splits:
+        rows = scan_images(options.input, allow_missing_mask=options.allow_missing_mask)
+        return split_by_source(rows, val_fraction=options.val_fraction, test_fraction=options.test_fraction)
+
+    return _check_or_write(make, check_image_splits)
+
+
+def clwd(parser: argparse.ArgumentParser) -> Run:
+    """CLWD: manifests of its images with masks; train and val are two parts of its train folder"""
+    _add_folders(parser, "CLWD, with train/Watermarked_image and test/Watermarked_image in it")
+    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of train's (default: %(default)s)")
+
+    def make(options: argparse.Namespace) -> Splits:
+        root = find_folder(options.input, "train/Watermarked_image").parent.parent
+        return split_by_source(scan_clwd(root), val_fraction=options.val_fraction)
+
+    def check(folder: Path) -> list[str]:
+        # The corpus itself may take the photos of train and test from the same set.
+        return check_image_splits(folder, given="test")
+
+    return _check_or_write(make, check)
+
+
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "demo": demo,
     "manifest": manifest,
     "librimix": librimix,
     "wsj0mix": wsj0mix,
     "aishell3": aishell3,
+    "demo_photos": demo_photos,
+    "images": images,
+    "clwd": clwd,
 }
 
 
@@ -143,7 +197,7 @@ def _check_or_write(make: Callable[[argparse.Namespace], Splits], check: Callabl
         if options.check:
             return check(Path(options.output))
         if options.input is None:
-            return ["--input is missing: the folder of recordings"]
+            return ["--input is missing: the folder of the corpus"]
         _write_manifests(Path(options.output), make(options))
         return []
 
@@ -170,10 +224,23 @@ def _write_manifests(folder: Path, manifests: Splits) -> None:
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:
+    if is_image(rows[0]):
+        return _image_summary(rows)
     hours = sum(row["duration"] for row in rows) / 3600
     if is_mixture(rows[0]):
         return f"{len(rows)} mixtures of {len(source_keys(rows[0]))}, {hours:.2f} hours"
     return f"{len({row['speaker'] for row in rows})} speakers, {len(rows)} recordings, {hours:.2f} hours"
+
+
+def _image_summary(rows: list[dict[str, Any]]) -> str:
+    """So many of each sort; a layout that was taken for another shows here."""
+    sorts = {
+        "images with masks": sum("mask_filepath" in row for row in rows),
+        "images with clean photos": sum("clean_filepath" in row for row in rows),
+        "images without marks": sum(row.get("marked") is False for row in rows),
+    }
+    sorts["photos to draw marks on"] = len(rows) - sum(sorts.values())
+    return ", ".join(f"{count} {sort}" for sort, count in sorts.items() if count)
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

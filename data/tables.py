@@ -46,8 +46,9 @@ def _read(path: PathLike) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        demo = Path(path).parent.name == "demo_data"  # named by recipes before anybody has made it
-        hint = "make it with: python -m data.prepare demo --output demo_data" if demo else "check the path"
+        folder = Path(path).parent.name
+        maker = {"demo_data": "demo", "demo_photos": "demo_photos"}.get(folder)  # named by recipes before it is made
+        hint = f"make it with: python -m data.prepare {maker} --output {folder}" if maker else "check the path"
         raise ManifestError(f"{path}: no such manifest; {hint}") from None
     except IsADirectoryError:
         raise ManifestError(f"{path}: is a folder, a manifest (JSON lines or CSV) is needed") from None

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # Keys of the model section that are launch's and the data's.
 _NOT_THE_SYSTEMS = (*DATASETS, "restore_from")
+_FOLDERS = ("speech_dir", "images_dir")  # of a data section: what stands there takes the place of manifests
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
@@ -231,12 +232,13 @@ def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # 
     """
     data = cfg.get("data") or {}
     manifests = ("train_manifest", "val_manifest", "test_manifest")
-    if data.get("speech_dir") and "data.speech_dir" not in typed and typed & {f"data.{key}" for key in manifests}:
-        data["speech_dir"] = None  # typed manifests take the place of a recipe's or a checkpoint's folder
-    if data.get("speech_dir"):  # the folder takes the place of a recipe's manifests
-        for key in manifests:
-            if key in list(data) and f"data.{key}" not in typed:  # `in data` is false for one that must be set
-                data[key] = None
+    if folder := next((key for key in _FOLDERS if data.get(key)), None):
+        if f"data.{folder}" not in typed and typed & {f"data.{key}" for key in manifests}:
+            data[folder] = None  # typed manifests take the place of a recipe's or a checkpoint's folder
+        else:
+            for key in manifests:  # the folder takes the place of a recipe's manifests
+                if key in list(data) and f"data.{key}" not in typed:  # `in data` is false for one that must be set
+                    data[key] = None
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"set {', '.join(f'{key}=…' for key in missing)}")
     if "monitor" in cfg and not _validates(data):
@@ -250,7 +252,7 @@ def _validates(data: Any) -> bool:
     """Whether a data section names examples to validate on."""
     if "validation_ds" in data:
         return bool(OmegaConf.select(data, "validation_ds.manifest_filepath"))
-    named = data.get("val_manifest", "") is not None or data.get("speech_dir")
+    named = data.get("val_manifest", "") is not None or any(data.get(key) for key in _FOLDERS)
     return bool(named) and not switched_off(data, "val")
 
 

@@ -102,14 +102,16 @@ def to_continue(path: str | Path) -> Path:
 def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str, Any]:
     """What of a checkpoint's configuration a script takes as the base for typed overrides.
 
-    evaluate: the data section, and what the system lets one choose there. predict: the options of the system's
-    `predict`, without a prefix, and a key for each input signal beside the first, which is `input`. *packages*: as
-    typed; a checkpoint's own are never believed.
+    evaluate: the data section, and what the system lets one choose there. export: the data section. predict: the
+    options of the system's `predict`, without a prefix, and a key for each input signal beside the first, which is
+    `input`. *packages*: as typed; a checkpoint's own are never believed.
     """
     content = read_checkpoint(path)
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds no configuration, so it was not written by train.py")
+    if script == "export":
+        return {"data": config["data"]}
     if script not in ("evaluate", "predict"):
         return {}
     system = system_class(content, path, packages)

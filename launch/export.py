@@ -1,19 +1,24 @@
-"""A checkpoint -> ONNX with the length of its inputs left open, compared with the original at three lengths."""
+"""A checkpoint -> ONNX with sizes of its inputs left open, compared with the original at three; and one of 8 bits."""
 
+import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
 from data.audio import atomic_path
-from launch import checkpoint
-from launch.build import plain
+from data.base import SystemData
+from launch import checkpoint, quantise
+from launch.build import disagreements, plain, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten
+from launch.targets import Blueprint
 from models.base import System
 from models.checkpoint import build_system, read_checkpoint
 
@@ -24,46 +29,54 @@ _TOLERANCE = 1e-3
 
 
 def run(cfg: DictConfig) -> None:
-    """Write `output`, and print how far onnxruntime's results are from ours.
+    """Write `output`, and print how far onnxruntime's results are from ours; with `int8` another file beside it.
 
     Raises RuntimeError, and leaves no file, when they are further than 1e-3 of the largest sample.
     """
     quieten()
-    config = plain(cfg)
+    config = plain(cfg, typed_keys(list(HydraConfig.get().overrides.task)))
     output = Path(config["output"])
     if output.suffix != ".onnx":
         raise ConfigError(f"output={output}: give a file that ends in .onnx")
     try:
+        import onnx  # noqa: F401  onnxruntime's quantisation needs it
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise ConfigError(f"exporting needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     path = checkpoint.locate(config["ckpt_path"])
-    system = build_system(read_checkpoint(path), path, config["packages"])
+    content = read_checkpoint(path)
+    system = build_system(content, path, config["packages"])
     if system.not_exportable:
         raise ConfigError(f"{type(system).__name__} cannot be exported: {system.not_exportable}")
-    example = system.example_input()
+    data = _validation_data(system, config) if config["int8"] else None
+    sizes = of_three_sizes(system.example_input(), system.dynamic_axes)
     with atomic_path(output) as temporary:
-        write_onnx(system, example, temporary, opset=config["opset"])
-        for inputs in of_three_lengths(example):
-            difference, num_samples = largest_difference(system, temporary, inputs), _length(inputs)
-            log.info("%s: %d samples, largest difference from the original %.2g", output, num_samples, difference)
+        write_onnx(system, sizes[-1], temporary, opset=config["opset"])
+        for inputs in sizes:
+            difference, shape = largest_difference(system, temporary, inputs), _shape(inputs)
+            log.info("%s: input of %s, largest difference from the original %.2g", output, shape, difference)
             if not difference <= _TOLERANCE:  # NaN too
                 raise RuntimeError(
-                    f"{output}: not written, its results differ by {difference:.2g} of the largest sample at"
-                    f" {num_samples} samples (up to {_TOLERANCE:g} would do)"
+                    f"{output}: not written, its results differ by {difference:.2g} of the largest sample for an input"
+                    f" of {shape} ({_TOLERANCE:g} would do)"
                 )
+    if data is not None:
+        threshold: Any = system.threshold
+        _write_int8(output, data, num_images=config["calibration_images"], threshold=threshold)
 
 
 def write_onnx(system: System, example: dict[str, Tensor], path: Path, *, opset: int) -> None:
-    """`system.forward` on *example*, whose last axes may have any length."""
+    """`system.forward`; the sizes of `system.dynamic_axes`, which must not be 1 in *example*, are left open."""
     torch.onnx.export(
         system,
         tuple(example.values()),
         str(path),
         input_names=list(example),
-        output_names=list(system.outputs),
-        dynamic_shapes=tuple({value.ndim - 1: torch.export.Dim.DYNAMIC} for value in example.values()),
+        output_names=list(system.forward_outputs or system.outputs),
+        dynamic_shapes=tuple(
+            {axis % value.ndim: torch.export.Dim.DYNAMIC for axis in system.dynamic_axes} for value in example.values()
+        ),
         opset_version=opset,
         dynamo=True,
         external_data=False,
@@ -71,18 +84,21 @@ def write_onnx(system: System, example: dict[str, Tensor], path: Path, *, opset:
     )
 
 
-def of_three_lengths(example: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Shorter and odd, as it is, and longer."""
-    shorter = _length(example) // 3 | 1
-    return [
-        {name: value[..., :shorter] for name, value in example.items()},
-        example,
-        {name: torch.cat([value, value[..., :shorter]], -1) for name, value in example.items()},
-    ]
+def of_three_sizes(example: dict[str, Tensor], axes: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Along each of *axes* a third and odd, as it is, and both together; so of a batch of one 1, 1 and 2."""
+    sizes = [{}, example, {}]
+    for name, value in example.items():
+        shorter = longer = value
+        for axis in axes:
+            third = value.shape[axis] // 3 | 1
+            shorter = shorter.narrow(axis, 0, third)
+            longer = torch.cat([longer, longer.narrow(axis, 0, third)], axis)
+        sizes[0][name], sizes[2][name] = shorter.contiguous(), longer
+    return sizes
 
 
-def _length(inputs: dict[str, Tensor]) -> int:
-    return next(iter(inputs.values())).shape[-1]
+def _shape(inputs: dict[str, Tensor]) -> str:
+    return " x ".join(map(str, next(iter(inputs.values())).shape))
 
 
 def largest_difference(system: System, path: Path, inputs: dict[str, Tensor]) -> float:
@@ -97,3 +113,39 @@ def largest_difference(system: System, path: Path, inputs: dict[str, Tensor]) ->
     differences = [np.abs(theirs - ours).max() for theirs, ours in zip(found, expected, strict=True)]
     largest = [max(np.abs(ours).max(), np.finfo(ours.dtype).tiny) for ours in expected]
     return max(float(difference / scale) for difference, scale in zip(differences, largest, strict=True))
+
+
+def _validation_data(system: System, config: dict[str, Any]) -> SystemData:
+    """Of the checkpoint's configuration and what was typed. Raises ConfigError where there can be none."""
+    name, kinds = type(system).__name__, set(system.inputs.values())
+    if kinds != {"image"} or not hasattr(system, "threshold"):
+        raise ConfigError(f"int8=true is for the segmentation of images, {name} takes {' and '.join(sorted(kinds))}")
+    problems = []
+    if not isinstance(config["int8"], bool):
+        problems.append(f"int8 must be true or false, got {config['int8']!r}")
+    num_images = config["calibration_images"]
+    if not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1:
+        problems.append(f"calibration_images must be a whole number of at least 1, got {num_images!r}")
+    blueprint = Blueprint("data", config["data"], SystemData, config["packages"])
+    problems += [*blueprint.problems, *disagreements(dict(system.hparams), config["data"])]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    data = blueprint.build()
+    if not data.has_data("val"):
+        raise ConfigError("int8=true needs validation images: set data.val_manifest=… (the checkpoint's run had none)")
+    data.setup("validate")
+    return data
+
+
+def _write_int8(output: Path, data: SystemData, *, num_images: int, threshold: float) -> None:
+    """`<stem>.int8.onnx` beside *output*, and what both score on the validation images."""
+    int8 = output.with_suffix(".int8.onnx")
+    calibration = itertools.islice(quantise.examples(data.val_dataloader()), num_images)
+    quantise.write_int8(output, int8, calibration)
+    scores = []
+    for file in (output, int8):
+        images = quantise.examples(data.val_dataloader())
+        score, count = quantise.intersection_over_union(file, images, threshold=threshold)
+        log.info("%s: IoU %.4f on %d validation images at threshold %.2f", file, score, count, threshold)
+        scores.append(score)
+    log.info("8 bits cost %.2f points of IoU", 100 * (scores[0] - scores[1]))

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.audio import AUDIO_SUFFIXES
+from data.images import IMAGE_SUFFIXES
 from data.manifest import main_key, read_manifest
 from launch.errors import ConfigError
 
-_SUFFIXES: dict[str, tuple[str, ...]] = {"audio": AUDIO_SUFFIXES, "array": (".npy",)}
+_SUFFIXES: dict[str, tuple[str, ...]] = {"audio": AUDIO_SUFFIXES, "image": IMAGE_SUFFIXES, "array": (".npy",)}
+_IMAGE_KEY = "image_filepath"
 _MANIFESTS = (".jsonl", ".json", ".csv")
 
 
@@ -33,7 +35,7 @@ def list_inputs(where: str, kind: str, output: Path, *, row_key: str | None = No
     A folder is searched with all below it, but for hidden files and for *output* should it lie inside. Names keep the
     structure below the folder; below the part of a glob without wildcards; below the deepest common folder of a
     manifest's files. A manifest holds recordings (`audio_filepath`, with `offset` a part of one), mixtures
-    (`mix_filepath`) or echo recordings (`mic_filepath`, or what *row_key* says).
+    (`mix_filepath`), echo recordings (`mic_filepath`, or what *row_key* says) or images (`image_filepath`).
 
     Raises ConfigError when nothing is found, ManifestError for a manifest that cannot be used.
     """
@@ -41,7 +43,7 @@ def list_inputs(where: str, kind: str, output: Path, *, row_key: str | None = No
     if path.is_dir():
         found = _inside([file for file in sorted(path.rglob("*")) if _is_recording(file, path, kind, output)], path)
     elif is_manifest(path):
-        found = _of_manifest(path, row_key)
+        found = _of_manifest(path, kind, row_key)
     elif path.exists():
         found = _inside([path], path.parent)
     else:
@@ -94,10 +96,12 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-def _of_manifest(path: Path, row_key: str | None) -> list[Input]:
+def _of_manifest(path: Path, kind: str, row_key: str | None) -> list[Input]:
     key = main_key(read_manifest(path, required=())[0])
     if key == "mic_filepath":
         key = row_key or key
+    if (key == _IMAGE_KEY) != (kind == "image"):
+        key = _IMAGE_KEY if kind == "image" else "audio_filepath"
     rows = read_manifest(path, required=(key,))  # which names the line that has none
     root = common_folder(rows, key)
     return [of_row(row, key, root) for row in rows]

@@ -53,8 +53,9 @@ def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | Non
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or directory / "checkpoints" / "last.ckpt"
     shown = _relative(Path(best))
     log.info("best checkpoint  %s", shown)
-    if (directory / "listen").is_dir():
-        log.info("listen           %s", _relative(directory / "listen"))
+    for name, folder in (("listen", "listen"), ("images", "look")):
+        if (directory / folder).is_dir():
+            log.info("%-16s %s", name, _relative(directory / folder))
     log.info("look             tensorboard --logdir %s", _relative(directory))
     system = trainer.lightning_module
     if getattr(type(system), "predict", None) is System.predict:  # which only refuses

@@ -25,7 +25,7 @@ class System(pl.LightningModule, ABC):
     *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
-    (`audio`, `image` or `array`). `sample_rate` is set where signals are audio.
+    (`audio`, `image` or `array`; of outputs also `records`, a list of dicts). `sample_rate` is set where signals are audio.
     """
 
     FORMAT_VERSION: ClassVar[int] = 1
@@ -33,6 +33,10 @@ class System(pl.LightningModule, ABC):
     outputs: ClassVar[dict[str, str]] = {}
     not_exportable: ClassVar[str | None] = None
     """Why export.py refuses this system; None: it does not."""
+    dynamic_axes: ClassVar[tuple[int, ...]] = (-1,)
+    """Axes of the inputs whose sizes export.py leaves open."""
+    forward_outputs: ClassVar[tuple[str, ...]] = ()
+    """What `forward` returns, by name, where that is not what `predict` does."""
     chosen_in_evaluation: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments that evaluate.py may change, because they change no result of the network."""
     of_training: ClassVar[tuple[str, ...]] = ()
@@ -81,7 +85,9 @@ class System(pl.LightningModule, ABC):
         return []
 
     def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Signals of the first example worth hearing or seeing: tag -> (T,) audio."""
+        """What of the first example is worth hearing or seeing: tag -> audio (T,), or an image (3, H, W) of
+        uint8, or of float from 0 to 1.
+        """
         return {}
 
     def example_input(self) -> dict[str, Tensor]:
@@ -184,8 +190,12 @@ class System(pl.LightningModule, ABC):
         # Already reduced over the ranks.
         self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=True)
 
+    def groups_to_train(self) -> Any:
+        """The parameters, or groups of them with optimiser values of their own."""
+        return parameter_groups(self, self.optim_param_groups, self.optim)
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(parameter_groups(self, self.optim_param_groups, self.optim), self.optim)
+        optimizer = build_optimizer(self.groups_to_train(), self.optim)
         schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
         if schedule and str(schedule.get("monitor", "")).startswith("val_"):
             schedule["frequency"] = self.trainer.check_val_every_n_epoch or 1  # only epochs with a value of their own

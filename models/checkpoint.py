@@ -12,12 +12,14 @@ Keys of format 1 beside Lightning's own (`state_dict`, `optimizer_states`, `loop
 * `versions`: of Python and the packages · `git`: the commit, where there is one
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from models.base import System
@@ -153,11 +155,24 @@ def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[s
     return system.eval()
 
 
-def load(path: str | Path, *, packages: Sequence[str] = (), map_location: Any = "cpu") -> System:
+def load(path: str | Path, *, packages: Sequence[str] = (), map_location: Any = "cpu", cached: bool = False) -> System:
     """A trained system from its checkpoint: `load("x.ckpt").predict(x, sample_rate=16000)`.
 
-    *packages*: packages of your own that the system's class may come from.
+    *packages*: packages of your own that the system's class may come from. *map_location*: the device that it is on.
+    *cached*: the same object again as long as the file (its place, time and size), the device and the packages are the
+    same; the last four are kept. It is shared: predict with it, do not train, change or move it.
 
     Raises CheckpointError as `read_checkpoint` and `build_system` do.
     """
-    return build_system(read_checkpoint(path, map_location=map_location), path, packages).to(map_location)
+    if not cached:
+        return build_system(read_checkpoint(path, map_location=map_location), path, packages).to(map_location)
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    stat = file.stat()
+    return _load_cached(file, stat.st_mtime_ns, stat.st_size, torch.device(map_location), tuple(packages))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_cached(file: Path, mtime_ns: int, size: int, device: torch.device, packages: tuple[str, ...]) -> System:
+    return load(file, packages=packages, map_location=device)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from data.manifest import write_manifest
 from launch import job
@@ -72,6 +74,19 @@ TINY_NEST = [
     "model.train_ds.batch_size=4",
     "model.validation_ds.batch_size=4",
     "model.masking.mask_prob=0.05",
+    "data.loader.num_workers=0",
+    "trainer.accelerator=cpu",
+]
+
+TINY_UNET = [
+    "model.base_channels=4",
+    "model.depth=3",
+    "data.crop=32",
+    "data.synthesis_size=64",
+    "data.train_examples=16",
+    "data.val_examples=4",
+    "data.test_examples=4",
+    "data.batch_size=4",
     "data.loader.num_workers=0",
     "trainer.accelerator=cpu",
 ]
@@ -229,6 +244,59 @@ def trained_nest(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         done = run_script("train", ["model=nest", *TINY_NEST, *typed])
     assert done.code == 0, done.text
     return folder / "runs" / "nest" / "one"
+
+
+def painted_photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A smooth gradient with a few rectangles and some grain. uint8 (H, W, 3)"""
+    ends = rng.integers(40, 216, (2, 3))
+    photo = ends[0] + (ends[1] - ends[0]) * np.linspace(0, 1, width)[None, :, None] * np.ones((height, 1, 1))
+    for _ in range(4):
+        top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)
+        photo[top : top + rng.integers(8, height), left : left + rng.integers(8, width)] = rng.integers(0, 256, 3)
+    return (photo + rng.normal(0, 3, photo.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """photos/ to draw marks on, {train,val,test}.jsonl; images/ with masks/, masked.jsonl; damaged/, 1.png is empty."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(2)
+    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": [], "masked": []}
+    for name in ("photos", "images", "masks"):
+        (folder / name).mkdir()
+    for number in range(8):
+        photo = painted_photo(rng, 80 + 4 * number, 96)
+        file = folder / "photos" / f"{number}.png"
+        Image.fromarray(photo).save(file)
+        rows["train" if number < 4 else "val" if number < 6 else "test"].append({"image_filepath": str(file)})
+    for number in range(3):
+        photo, mask = painted_photo(rng, 72, 88 + 8 * number), np.zeros((72, 88 + 8 * number), np.uint8)
+        mask[30:40, 10:60:5] = 255
+        photo[mask == 255] = 255
+        files = {
+            "image_filepath": folder / "images" / f"{number}.png",
+            "mask_filepath": folder / "masks" / f"{number}.png",
+        }
+        for file, pixels in zip(files.values(), (photo, mask), strict=True):
+            Image.fromarray(pixels).save(file)
+        rows["masked"].append({key: str(file) for key, file in files.items()})
+    for name, lines in rows.items():
+        write_manifest(folder / f"{name}.jsonl", lines)
+    shutil.copytree(folder / "images", folder / "damaged")
+    (folder / "damaged" / "1.png").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_unet(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny UNet that was trained for two steps, validated and tested."""
+    named = [f"data.{part}_manifest={photos / f'{part}.jsonl'}" for part in ("train", "val", "test")]
+    typed = [*named, "trainer.max_steps=2", "exp_manager.version=one"]
+    folder = tmp_path_factory.mktemp("trained_unet")
+    with contextlib.chdir(folder):
+        done = run_script("train", ["model=unet", *TINY_UNET, *typed])
+    assert done.code == 0, done.text
+    return folder / "runs" / "unet" / "one"
 
 
 @pytest.fixture

@@ -95,8 +95,10 @@ def test_command(
         pytest.skip(f"pending, issue {command.issue}: {command.text[:60]}")
     assert command.expected, "a command without an expected line proves little"
     (in_tmp / "demo_data").symlink_to(corpus)
-    made = {"run": "trained", "echo_run": "trained_echo", "nest_run": "trained_nest"}
-    made |= {"recordings": "recordings", "archive": "nemo_archive"}
+    if "unet" in command.text:
+        (in_tmp / "demo_photos").symlink_to(request.getfixturevalue("photos"))
+    made = {"run": "trained", "echo_run": "trained_echo", "nest_run": "trained_nest", "unet_run": "trained_unet"}
+    made |= {"recordings": "recordings", "archive": "nemo_archive", "photos": "photos"}
     named = {place for place in made if f"{{{place}}}" in " ".join([command.text, *sum(command.replacements, ())])}
     places = {place: request.getfixturevalue(made[place]) for place in named}
     python, name, *arguments = command.argv(corpus=corpus, tmp=in_tmp, **places)

@@ -75,29 +75,28 @@ def test_tensorboard(tmp_path: Path, tiny: Any) -> None:
     assert heard[0].sample_rate == RATE
 
 
-@pytest.mark.parametrize("case", ["no logger", "no figures", "no rate"])
+@pytest.mark.parametrize("case", ["no logger", "no figures", "no rate", "images only"])
 def test_nothing_to_show_is_no_error(tmp_path: Path, tiny: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if case == "no figures":
         monkeypatch.delattr(Separator, "figures")
     if case == "no rate":
         monkeypatch.setattr(Separator, "sample_rate", None)
+    if case == "images only":
+        monkeypatch.setattr(Separator, "figures", lambda *_: {"image": torch.zeros(3, 4, 5)})
     logger = False if case == "no logger" else board(tmp_path)
-    callback = AudioFigures()
-    trainer = tiny.make_trainer(tmp_path, [callback], logger=logger, max_epochs=1)
+    trainer = tiny.make_trainer(tmp_path, [AudioFigures()], logger=logger, max_epochs=1)
     trainer.fit(Separator(), loader(), loader())
     assert case == "no logger" or not events(tmp_path).Tags()["audio"]
     if case != "no logger":
         trainer.test(trainer.lightning_module, loader(), verbose=False)
-        assert callback.listen_dir is None and not (tmp_path / "listen").exists()
+        assert not (tmp_path / "listen").exists()
 
 
 def test_files_to_listen_to(tmp_path: Path, tiny: Any) -> None:
-    callback = AudioFigures(num_listen=4)
-    trainer = tiny.make_trainer(tmp_path, [callback])
+    trainer = tiny.make_trainer(tmp_path, [AudioFigures(num_listen=4)])
     trainer.test(Separator(gain=5.0), loader(), verbose=False)
-    assert callback.listen_dir == tmp_path / "listen"
     names = {f"{i}_{tag}.wav" for i in range(4) for tag in ("mixture", "estimate1")}
-    assert {file.name for file in callback.listen_dir.iterdir()} == names
+    assert {file.name for file in (tmp_path / "listen").iterdir()} == names
     samples, rate = soundfile.read(tmp_path / "listen" / "3_estimate1.wav")
     assert rate == RATE and len(samples) == 1000 and samples[0] == pytest.approx(1.5)  # above 1, as it is
 

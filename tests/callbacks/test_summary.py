@@ -26,6 +26,13 @@ FROZEN = {
     "examples_per_s",
     "data_wait_share",
     "peak_mem_mb",
+    "step_s",
+    "batch_size",
+    "cpu_load",
+    "host_mem_mb",
+    "gpu_mem_mb",
+    "gpu_mem_reserved_mb",
+    "gpu_mem_share",
     "versions",
     "status",
 }
@@ -78,7 +85,8 @@ def test_without_monitor_and_with_values_that_json_lacks(tmp_path: Path, tiny: A
     summary = read(tmp_path)
     assert set(summary) == FROZEN and summary["steps"] == 6
     assert summary["metrics"]["train_nan"] is None and summary["metrics"]["val_inf"] is None
-    assert summary["best_checkpoint"] is None and summary["cpu_s"] is None
+    assert summary["best_checkpoint"] is None
+    assert summary["cpu_s"] is None and summary["step_s"] is None and summary["cpu_load"] is None
 
 
 @pytest.mark.parametrize(("fault", "status"), [("signal", "stopped"), ("error", "failed")])

@@ -287,7 +287,7 @@ def test_missing_data_is_named():
 def test_a_folder_of_recordings_is_split_by_speaker(tmp_path):
     for number in range(6):
         sf.write(tmp_path / f"s{number}_0.wav", np.zeros(800), 8000)
-    data, other_seed = Listed(speech_dir=str(tmp_path), seed=0), Listed(speech_dir=str(tmp_path), seed=9)
+    data, other_seed = Listed(folder=str(tmp_path), seed=0), Listed(folder=str(tmp_path), seed=9)
     data.setup()
     assert {stage: len(data.rows(stage)) for stage in ("train", "val", "test")} == {"train": 2, "val": 2, "test": 2}
     assert data.rows("test") == other_seed.rows("test")
@@ -304,7 +304,7 @@ def test_too_little_data_for_a_batch():
 @pytest.mark.parametrize(
     "bad, says",
     [
-        ({"speech_dir": "x", "val_manifest": "y"}, "not both"),
+        ({"folder": "x", "val_manifest": "y"}, "not both"),
         ({"batch_size": 0}, "batch_size"),
         ({"loader": {"workers": 2}}, r"loader\.workers"),
         ({"loader": {"num_workers": -2}}, "num_workers"),

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data.errors import ManifestError
-from data.manifest import LINE_KEY, is_echo, read_manifest, source_keys, write_manifest
+from data.manifest import LINE_KEY, is_echo, is_image, place_of, read_manifest, source_keys, write_manifest
 
 
 def test_paths_are_relative_to_the_manifest(tmp_path):
@@ -259,3 +259,54 @@ def test_write_makes_paths_relative_and_read_undoes_it(tmp_path):
     write_manifest(path, [{"audio_filepath": "é/../c.wav", "duration": 1.0}])
     assert read_manifest(path)[0]["audio_filepath"] == str(tmp_path / "set" / "c.wav")
     assert [entry.name for entry in path.parent.iterdir()] == ["train.jsonl"]
+
+
+def test_rows_of_images(tmp_path):
+    rows = [
+        {"image_filepath": "a.jpg"},
+        {"image_filepath": "a.jpg", "mask_filepath": "m/a.png", "source": 7, "split": "val", "marked": True},
+        {"image_filepath": "/b.jpg", "clean_filepath": "c/b.png", "mask_filepath": None},
+        {"image_filepath": "c.jpg", "marked": False},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_manifest(tmp_path / "a.jsonl")
+    assert all(map(is_image, read))
+    assert read[1]["mask_filepath"] == str(tmp_path / "m" / "a.png") and read[1]["source"] == "7"
+    assert "mask_filepath" not in read[2] and read[3]["marked"] is False
+    assert place_of(read[0]) == f"a.jsonl, line 1: {tmp_path / 'a.jpg'}"
+
+    (tmp_path / "a.csv").write_text(
+        "image_filepath,mask_filepath,marked,source,split\na.jpg,,False,7,\nb.jpg,b.png,true,8,test\nc.jpg,,,,\n"
+    )
+    unmarked, marked, photo = read_manifest(tmp_path / "a.csv")
+    assert unmarked["marked"] is False and unmarked["source"] == "7" and "split" not in unmarked
+    assert marked["marked"] is True and marked["split"] == "test"
+    assert photo == {"image_filepath": str(tmp_path / "c.jpg"), LINE_KEY: "a.csv, line 4"}
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"mask_filepath": "m.png", "marked": False}, "marked is false, but mask_filepath says where its marks are"),
+        ({"clean_filepath": "m.png", "marked": False}, "marked is false, but clean_filepath says where its marks are"),
+        ({"mask_filepath": "m.png", "clean_filepath": "c.png"}, "mask_filepath and clean_filepath both say"),
+        ({"marked": True}, "marked is true, but nothing says where its marks are"),
+        ({"marked": 0}, "marked must be true or false, got 0"),
+        ({"split": "dev"}, 'split must be one of train, val, test, got "dev"'),
+        ({"split": ["val"]}, 'split must be one of train, val, test, got ["val"]'),
+        ({"source": True}, "source must be text, got true"),
+        ({"image_filepath": None, "mask_filepath": "m.png"}, "key 'image_filepath' is missing"),
+        ({"image_filepath": None, "audio_filepath": "a.wav", "duration": 1}, "a talker (audio_filepath) in a manifest"),
+    ],
+)
+def test_a_bad_line_among_images(tmp_path, more, says):
+    (tmp_path / "a.jsonl").write_text('{"image_filepath": "a.jpg"}\n' + json.dumps({"image_filepath": "b.jpg"} | more))
+    with pytest.raises(ManifestError) as error:
+        read_manifest(tmp_path / "a.jsonl")
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}, line 2: ") and says in str(error.value)
+
+
+def test_marked_in_a_csv_file_is_true_or_false(tmp_path):
+    (tmp_path / "a.csv").write_text("image_filepath,marked\na.jpg,no\n")
+    with pytest.raises(ManifestError, match=r'line 2: marked must be true or false, got "no"'):
+        read_manifest(tmp_path / "a.csv")

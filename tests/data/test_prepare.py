@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+from PIL import Image
 
 from data import prepare
 from data.manifest import read_manifest
@@ -108,3 +109,52 @@ def test_ten_problems_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert prepare.main(["demo", "--check"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: problem 0" and lines[-1] == "error: and 4 more" and len(lines) == 11
+
+
+def put_image(path: Path, colour: tuple[int, int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+
+
+def test_images_are_split_by_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(16):
+        put_image(tmp_path / "mine" / "images" / f"{number}.jpg", (number * 15, 0, 0))
+        if number != 3:
+            put_image(tmp_path / "mine" / "masks" / f"{number}.png", (255, 255, 255))
+    output = tmp_path / "manifests"
+    command = ["images", "--input", str(tmp_path / "mine"), "--output", str(output)]
+    assert prepare.main(command) == 2
+    assert "images/3.jpg: has no mask" in capsys.readouterr().err and not output.exists()
+    command += ["--allow-missing-mask", "clean", "--test-fraction", "0.25"]
+    assert prepare.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "test.jsonl: 4 images with masks" in printed and "1 images without marks" in printed
+    rows = {split: read_manifest(output / f"{split}.jsonl") for split in ("train", "val", "test")}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 10, "val": 2, "test": 4}
+    assert prepare.main(command) == 0 and "unchanged" in capsys.readouterr().out
+    assert prepare.main(["images", "--check", "--output", str(output)]) == 0
+
+    put_image(tmp_path / "mine" / "masks" / "5.png", (38, 38, 38))
+    image = tmp_path / "mine" / "images" / "7.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    assert prepare.main(["images", "--check", "--output", str(output)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and any("5.png: not a mask" in line for line in lines)
+    assert any("7.jpg: " in line for line in lines)
+
+
+def test_clwd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, count in (("train", 10), ("test", 2)):
+        for number in range(count):
+            for folder, suffix in (("Watermarked_image", "jpg"), ("Watermark_free_image", "jpg"), ("Mask", "png")):
+                colour = (255, 255, 255) if folder == "Mask" else (number * 20, 9, 9)  # train and test share photos
+                put_image(tmp_path / "CLWD" / split / folder / f"{number}.{suffix}", colour)
+    output = tmp_path / "manifests"
+    assert prepare.main(["clwd", "--input", str(tmp_path), "--output", str(output), "--val-fraction", "0.2"]) == 0
+    printed = capsys.readouterr().out
+    for split, count in (("train", 8), ("val", 2), ("test", 2)):
+        assert f"{split}.jsonl: {count} images with masks" in printed
+        assert {row["split"] for row in read_manifest(output / f"{split}.jsonl")} == {split}
+    assert prepare.main(["clwd", "--check", "--output", str(output)]) == 0
+    assert prepare.main(["clwd", "--input", str(tmp_path / "CLWD" / "test"), "--output", str(output)]) == 2
+    assert "looked for train/Watermarked_image in it" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def _cases_of(system: str, folder: Path) -> list[Case]:
     cases = []
     if (Path(__file__).parent / f"{system}.py").is_file():
         cases = importlib.import_module(f"tests.golden_suite.{system}").discover(folder)
-    cases = [Case(f"{system}-{c.id}", f"{system}/{c.file}", c.claims, c.run) for c in cases]
+    cases = [Case(f"{system}-{c.id}", f"{system}/{c.file}", c.claims, c.run, c.skip) for c in cases]
     return [*cases, Case(f"{system}-files", system, run=partial(_check_claims, folder, cases))]
 
 

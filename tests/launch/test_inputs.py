@@ -65,6 +65,13 @@ def test_manifests_of_recordings_and_of_mixtures(folder: Path) -> None:
     assert list_inputs("echo.jsonl", "audio", Path("out")) == [Input(file, "x")]
     far = list_inputs("echo.jsonl", "audio", Path("out"), row_key="farend_filepath")
     assert far == [Input(folder.resolve() / "x.wav", "x")]
+    for name in ("a.jpg", "b.PNG", "c.wav"):
+        (folder / name).touch()
+    write_manifest("images.jsonl", [{"image_filepath": "in/a.jpg", "source": "sea"}, {"image_filepath": "in/b.PNG"}])
+    assert [i.name for i in list_inputs("images.jsonl", "image", Path("out"))] == ["a", "b"]
+    assert [i.name for i in list_inputs("in", "image", Path("out"))] == ["a", "b"]
+    with pytest.raises(ManifestError, match="mixtures.jsonl, line 1: key 'image_filepath' is missing"):
+        list_inputs("mixtures.jsonl", "image", Path("out"))
     Path("neither.jsonl").write_text('{"image_filepath": "in/x.wav"}\n')
     with pytest.raises(ManifestError, match="neither.jsonl, line 1: .*audio_filepath"):
         names("neither.jsonl")

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from launch.errors import ConfigError
-from launch.predict import check_options
-from models.conv_tasnet import ConvTasNet
 from tests.conftest import synthetic_speech
 
 
@@ -83,19 +80,6 @@ def test_what_cannot_be_used_is_said_once(trained: Path, script, in_tmp: Path, t
     done = script("predict", [f"ckpt_path={trained}", "input=x.wav", *typed])
     assert done.code == 2 and expected in done.err
     assert len(done.err.splitlines()) == 1
-
-
-def test_options_have_the_kind_of_their_default() -> None:
-    system = ConvTasNet(num_filters=8, bottleneck_channels=4, hidden_channels=8, num_blocks=1, num_repeats=1)
-    check_options(system, {"chunk_s": 30, "overlap_s": 2.0, "stream_frames": None})
-    check_options(system, {"stream_frames": 4})
-    for value in ("abc", None, True, float("inf")):
-        with pytest.raises(ConfigError, match="^chunk_s must be a number, got "):
-            check_options(system, {"chunk_s": value})
-    with pytest.raises(ConfigError, match="^stream_frames must be a number or null, got 'abc'$"):
-        check_options(system, {"stream_frames": "abc"})
-    with pytest.raises(ConfigError, match="^chunk: ConvTasNet has no such option; it has chunk_s, overlap_s"):
-        check_options(system, {"chunk": 3})
 
 
 def test_results_beside_their_recordings_are_no_recordings(trained: Path, script, in_tmp: Path) -> None:

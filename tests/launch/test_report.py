@@ -27,6 +27,15 @@ def test_the_next_command_names_every_input(tmp_path: Path, caplog: pytest.LogCa
         assert caplog.messages[-1].split(maxsplit=1) == ["next", command]
 
 
+def test_names_the_folders_of_test_examples_that_there_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = SimpleNamespace(checkpoint_callback=None, lightning_module=SimpleNamespace())
+    (tmp_path / "look").mkdir()
+    with caplog.at_level("INFO"):
+        closing(tmp_path, trainer, None)  # type: ignore[arg-type]
+    folders = [message for message in caplog.messages if message.startswith(("listen", "images"))]
+    assert folders == [f"images           {tmp_path / 'look'}"]
+
+
 def test_a_system_that_only_trains_is_evaluated_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Encoder(System):
         def step(self, batch: dict) -> dict:
