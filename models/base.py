@@ -25,7 +25,8 @@ class System(pl.LightningModule, ABC):
     *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
-    (`audio`, `image` or `array`; of outputs also `records`, a list of dicts). `sample_rate` is set where signals are audio.
+    (`audio`, `image` or `array`; of outputs also `records`, a list of dicts). `sample_rate` is set where signals are
+    audio.
     """
 
     FORMAT_VERSION: ClassVar[int] = 1

@@ -8,6 +8,7 @@ Decisions that are not obvious
 * A photo is looked at in its own size, in overlapping tiles if need be: thin strokes do not survive a smaller one.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ _NORMALIZATIONS = {
 }
 _OUTPUTS = ("mask", "probability", "overlay", "regions")
 _OVERLAY_COLOUR = (255, 0, 0)
+_LOSS = {name: parameter.default for name, parameter in inspect.signature(SegmentationLoss).parameters.items()}
 _PIXEL_TERMS = {"bce", "focal"}  # means over pixels; all others are ratios of sums that depend on the weights
 _COUNT_UNIT = 512  # pixels; eight crops of 256 x 256 are then the 1024 that models/global_loss.py is made for
 _WHOLE_UP_TO = 1024  # pixels of the longest side of photos that are not tiled
@@ -84,7 +86,9 @@ class UNet(System):
         switches(channels_last=channels_last)
         self.normalization = normalization
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.criterion, self.counts_pixels = _criterion(dict(loss or {}))
+        loss = _LOSS | (loss or {})
+        self.hparams.update(loss=loss)  # whole, so that a later default changes nothing
+        self.criterion, self.counts_pixels = _criterion(loss)
         if network == "unet":
             own = Network(base_channels=base_channels, depth=depth, up=up, norm=norm, dropout=dropout)
         elif isinstance(network, str) and network.startswith("smp:"):
@@ -327,7 +331,7 @@ def _criterion(loss: dict[str, Any]) -> tuple[SegmentationLoss, bool]:
     """
     try:
         criterion = SegmentationLoss(**loss)
-        together = criterion.reduce == "global" and not criterion.per_image and not loss.get("focal_normalized")
+        together = criterion.reduce == "global" and not criterion.per_image and not loss["focal_normalized"]
         counts_pixels = together and criterion.weights.keys() <= _PIXEL_TERMS
         return (SegmentationLoss(**loss | {"reduce": "local"}) if counts_pixels else criterion), counts_pixels
     except (TypeError, ValueError) as error:
