@@ -1,7 +1,7 @@
 """Photos and masks kept in memory: decoded once, up to a limit in megabytes, the least recently used dropped first.
 
-Each process (each loader worker) fills a memory of its own, so the limit is one per process. What cannot be read is
-remembered too, as the text of its error.
+Each loader worker fills a memory of its own, and they share the limit in equal parts. What cannot be read is tried
+again the next time: whether a worker has met a file before must not decide what an item holds (data/bad_files.py).
 """
 
 from collections import OrderedDict
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils.data import get_worker_info
 
 from data.checks import number
 from data.errors import ImageError
@@ -19,7 +20,8 @@ class PhotoReader:
     """Reads images and masks, and keeps what it read.
 
     Args:
-        limit_mb: megabytes (2**20 bytes) of pixels to keep; 0 keeps nothing. What is larger by itself is not kept.
+        limit_mb: megabytes (2**20 bytes) of pixels to keep, in all workers of a loader together; 0 keeps nothing.
+            What is larger by itself is not kept.
         ignore_value: pixels of a mask with this stored value are not known, see `read_mask`.
         max_pixels: images and masks that declare more are refused.
         difference: settings of `difference_mask`, for photos whose clean version is known.
@@ -38,7 +40,6 @@ class PhotoReader:
         self.max_pixels = max_pixels
         self.difference = dict(difference or {})
         self._kept: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()  # (sort, path), most recently used last
-        self._failed: dict[tuple[str, str], str] = {}
         self._num_bytes = 0
 
     @property
@@ -56,26 +57,20 @@ class PhotoReader:
 
     def _read(self, sort: str, path: str) -> np.ndarray:
         key = (sort, path)
-        if key in self._failed:
-            raise ImageError(self._failed[key])
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        try:
-            if sort == "image":
-                pixels = read_image(path, max_pixels=self.max_pixels)
-            else:
-                pixels = read_mask(path, ignore_value=self.ignore_value, max_pixels=self.max_pixels)
-        except ImageError as error:
-            if self.limit_mb:
-                self._failed[key] = str(error)
-            raise
+        if sort == "image":
+            pixels = read_image(path, max_pixels=self.max_pixels)
+        else:
+            pixels = read_mask(path, ignore_value=self.ignore_value, max_pixels=self.max_pixels)
         pixels.flags.writeable = False  # whoever asks next gets the same array
         self._keep(key, pixels)
         return pixels
 
     def _keep(self, key: tuple[str, str], pixels: np.ndarray) -> None:
-        limit = self.limit_mb * 2**20
+        worker = get_worker_info()
+        limit = self.limit_mb * 2**20 / (worker.num_workers if worker else 1)
         if pixels.nbytes > limit:
             return
         while self._num_bytes + pixels.nbytes > limit:
@@ -85,7 +80,12 @@ class PhotoReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a spawned worker gets: everything but the pixels, which it decodes when it needs them."""
-        return self.__dict__ | {"_kept": OrderedDict(), "_failed": {}, "_num_bytes": 0}
+        return self.__dict__ | {"_kept": OrderedDict(), "_num_bytes": 0}
+
+
+def is_known(row: Mapping[str, Any]) -> bool:
+    """Whether a manifest row of images says where the marks are, or that there are none."""
+    return "mask_filepath" in row or "clean_filepath" in row or row.get("marked") is False
 
 
 def read_example(row: Mapping[str, Any], *, reader: PhotoReader) -> tuple[np.ndarray, np.ndarray | None]:
@@ -111,7 +111,7 @@ def read_example(row: Mapping[str, Any], *, reader: PhotoReader) -> tuple[np.nda
         clean = reader.image(row["clean_filepath"])
         _check_size(row["clean_filepath"], clean, path, image)
         return image, difference_mask(image, clean, **reader.difference)
-    return image, np.zeros(image.shape[:2], np.uint8) if row.get("marked") is False else None
+    return image, np.zeros(image.shape[:2], np.uint8) if is_known(row) else None
 
 
 def _check_size(path: str, pixels: np.ndarray, image_path: str, image: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Folders of images: what they hold as manifest rows, split by source photo, checked.
 
-    images/ masks/ (or x.jpg with x_mask.png)             images whose marks are known
+    images/ masks/ (x.jpg with x.png or x_mask.png)       images whose marks are known
     watermarked/ clean/ [masks/]                          the same photo with and without marks
     {train,test}/{Watermarked_image,Watermark_free_image,Mask}   CLWD
     anything else                                         photos to draw marks on

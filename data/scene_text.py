@@ -4,15 +4,15 @@ They teach that it is not writing that makes a watermark but writing laid over t
 plate of its own, and stands in perspective.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 from data.blending import to_uint8
 from data.fonts import FontBook
+from data.mark_layouts import load_font
 from data.mark_texts import draw_text
 
 _LETTER_SIZE = 40  # pixels, at which a sign is drawn before it is warped
@@ -64,7 +64,7 @@ def _sign(rng: np.random.Generator, fonts: FontBook, scripts: Sequence[str]) -> 
     """A plate with one to three lines of text."""
     script = scripts[rng.integers(len(scripts))]
     path = fonts.choose(rng, script)
-    font = _font(path)
+    font = load_font(path, _LETTER_SIZE)
     lines = [line for line in _texts(rng, script, int(rng.integers(1, 4))) if fonts.covers(path, line)]
     text = "\n".join(lines) or "?"
     left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
@@ -137,8 +137,3 @@ def _place(photo: np.ndarray, sign: Image.Image, rng: np.random.Generator) -> np
     photo = photo.copy()
     photo[part] = to_uint8(layer[..., :3] * light + (1 - layer[..., 3:] / 255) * photo[part])
     return photo
-
-
-@functools.lru_cache(maxsize=128)
-def _font(path: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, _LETTER_SIZE)

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from data.base import SystemData
+from data.base import STAGES, SystemData
 from data.checks import number, whole_number
 from data.epochs import Setting, at_epoch, values_of
 from data.errors import DataError
-from data.image_cache import PhotoReader, read_example
+from data.image_cache import PhotoReader, is_known, read_example
 from data.image_folders import scan_images, split_by_source
 from data.images import MAX_PIXELS
 from data.photo_crops import crop_pair, crop_photo
@@ -30,14 +30,14 @@ NOT_KNOWN = 255  # in a mask
 
 
 class WatermarkDataset(Dataset):
-    """Item `(index, epoch)`: row `index` of the manifest, further ones from its beginning on, drawn on if its marks are
-    not known.
+    """Item `(index, epoch)`: a manifest row, drawn on if its marks are not known.
 
-    Everything random is drawn from `np.random.default_rng([seed, epoch, index])`.
+    In training the rows, shuffled once, come in turn, over epochs too. In evaluation each with known marks comes once,
+    and after them the others in turn. Everything random is drawn from `np.random.default_rng([seed, epoch, index])`.
 
     Args:
         rows: manifest rows with `image_filepath`.
-        num_items: examples per epoch; None: one of each row.
+        num_items: examples per epoch, in evaluation of those that are drawn on; None: one of each row.
         crop: side of the square that is cut out, in pixels, by epoch as in data/epochs.py. None: photos whose marks are
             known come whole, others as a square of `synthesis_size` at most.
         synthesis: what draws marks.
@@ -67,8 +67,14 @@ class WatermarkDataset(Dataset):
         reader: PhotoReader,
         synthesis_size: int,
     ) -> None:
+        if crop is None:
+            known, drawn = ([row for row in rows if is_known(row) is wanted] for wanted in (True, False))
+            count = len(drawn) if num_items is None else num_items
+            rows = [*known, *(drawn[index % len(drawn)] for index in range(count if drawn else 0))]
+        else:  # an epoch may have fewer items than there are rows, and then begins where the last one ended
+            rows = [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
         self.rows = rows
-        self.num_items = len(rows) if num_items is None else num_items
+        self.num_items = len(rows) if num_items is None or crop is None else num_items
         self.crop = crop
         self.synthesis = synthesis
         self.seed = seed
@@ -83,7 +89,7 @@ class WatermarkDataset(Dataset):
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
         index, epoch = item_key(key, len(self))
         rng = np.random.default_rng([self.seed, epoch, index])
-        row = self.rows[index % len(self.rows)]
+        row = self.rows[(index + epoch * len(self)) % len(self.rows)] if self.crop is not None else self.rows[index]
         photo, mask = read_example(row, reader=self.reader)
         if self.crop is not None:
             side = at_epoch(self.crop, epoch)
@@ -127,7 +133,8 @@ class WatermarkData(SystemData):
         known_scale: and of those whose marks are known.
         synthesis_size: side of a validation or test example that is drawn on; smaller photos are taken whole, and so
             are all whose marks are known.
-        train_examples, val_examples, test_examples: per epoch; None: one of each row, 0: none.
+        train_examples, val_examples, test_examples: per epoch; None: one of each row, 0: none. In validation and test
+            they count those that are drawn on, known ones all come once.
         eval_seed: seed of the validation's marks; those of the test have the next one.
         difference: of masks that are the difference of a marked and a clean photo, the `threshold` in levels of 255,
             `channels` (max or grey) and `open`.
@@ -199,8 +206,10 @@ class WatermarkData(SystemData):
         }
         eval_seed = whole_number("eval_seed", eval_seed, least=0)
         self.seeds = {"train": seed, "val": eval_seed, "test": eval_seed + 1}
+        if mask_ignore_value is not None:
+            mask_ignore_value = whole_number("mask_ignore_value", mask_ignore_value, least=0)
         self.reading: dict[str, Any] = {
-            "difference": dict(difference or {}),
+            "difference": _checked_difference(**(difference or {})),
             "ignore_value": mask_ignore_value,
             "max_pixels": whole_number("max_pixels", max_pixels, least=1),
             "limit_mb": number("cache_limit_mb", cache_limit_mb, least=0),
@@ -214,7 +223,13 @@ class WatermarkData(SystemData):
         return self.num_examples[stage] != 0 and super().has_data(stage)
 
     def scan_folder(self, folder: str) -> dict[str, list[dict[str, Any]]]:
-        return split_by_source(scan_images(folder, allow_missing_mask=self.allow_missing_mask))
+        parts = split_by_source(scan_images(folder, allow_missing_mask=self.allow_missing_mask))
+        if empty := [stage for stage in STAGES if not parts[stage]]:
+            raise DataError(
+                f"{folder}: too few source photos to split, none is left for {' and '.join(empty)}; at least three are"
+                " needed, or manifests (data.train_manifest, data.val_manifest)"
+            )
+        return parts
 
     def dataset(self, stage: str) -> Dataset | None:
         rows = self.rows(stage)
@@ -235,6 +250,23 @@ class WatermarkData(SystemData):
             reader=PhotoReader(**self.reading),
             synthesis_size=self.synthesis_size,
         )
+
+
+def _checked_difference(
+    *, threshold: float = 30, channels: str = "max", open: bool = False, **unknown: Any
+) -> dict[str, Any]:
+    """Arguments of `data.images.difference_mask`. Raises ValueError."""
+    if unknown:
+        raise ValueError(f"difference.{next(iter(unknown))}: no such key, there are threshold, channels, open")
+    if channels not in ("max", "grey"):
+        raise ValueError(f"difference.channels must be max or grey, got {channels!r}")
+    if not isinstance(open, bool):
+        raise ValueError(f"difference.open must be true or false, got {open!r}")
+    return {
+        "threshold": number("difference.threshold", threshold, least=0, most=255),
+        "channels": channels,
+        "open": open,
+    }
 
 
 def _part(photo: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -41,7 +41,7 @@ class Example(NamedTuple):
 class WatermarkSynthesis:
     """Draws marks on photos.
 
-    The same photo and the same state of `rng` give the same example. Ranges are [low, high]. Scripts, layouts, styles
+    The same photo and a freshly seeded `rng` give the same example. Ranges are [low, high]. Scripts, layouts, styles
     and colours are a list of names, each as likely as the others, or a share for each name.
 
     Args:
@@ -122,7 +122,7 @@ class WatermarkSynthesis:
         self.mask_rule = mask_rule
         self.least_visible = number("least_visible", least_visible, least=0, most=1)
         self.least_change = number("least_change", least_change, least=0, most=255)
-        self.least_mask = number("least_mask", least_mask, least=0, most=1)
+        self.least_mask = number("least_mask", least_mask, least=0.001, most=1)  # what data/marks.py draws at least
         self.distortions = Distortions(**distortions)
         self.fonts = FontBook(fonts)
         for script in self.scripts:

@@ -117,7 +117,7 @@ def predict_one(
         raise Refused(f"{given}: {error}" if given else str(error)) from error
     except torch.OutOfMemoryError as error:
         raise Refused(
-            "the device's memory is not enough; choose smaller parts (tile, chunk_s) or device=cpu"
+            "the device's memory is not enough; choose smaller parts (tile and whole_up_to, chunk_s) or device=cpu"
         ) from error
     written = []
     for name, kind in system.outputs.items():

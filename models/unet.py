@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from losses.overlap import SegmentationLoss
@@ -41,6 +42,7 @@ _OVERLAY_COLOUR = (255, 0, 0)
 _LOSS = {name: parameter.default for name, parameter in inspect.signature(SegmentationLoss).parameters.items()}
 _PIXEL_TERMS = {"bce", "focal"}  # means over pixels; all others are ratios of sums that depend on the weights
 _COUNT_UNIT = 512  # pixels; eight crops of 256 x 256 are then the 1024 that models/global_loss.py is made for
+_SHOWN_UP_TO = 1024  # pixels of the longest side of pictures in TensorBoard
 _WHOLE_UP_TO = 1024  # pixels of the longest side of photos that are not tiled
 
 
@@ -100,6 +102,7 @@ class UNet(System):
         self.register_buffer("mean", mean, persistent=False)  # (3, 1, 1)
         self.register_buffer("std", std, persistent=False)
         self.register_buffer("calibration", torch.zeros(2, 100, dtype=torch.int64))
+        self._batches: dict[tuple[Any, ...], AdaptiveBatch] = {}
 
     @property
     def threshold(self) -> float:
@@ -172,7 +175,8 @@ class UNet(System):
 
     def on_fit_start(self) -> None:
         accumulated = self.trainer.accumulate_grad_batches
-        if accumulated > 1 and not self.counts_pixels and not self.criterion.per_image:
+        exact = self.counts_pixels or (self.criterion.per_image and self.hparams["loss"]["empty"] != "skip")
+        if accumulated > 1 and not exact:
             log.info(
                 "trainer.accumulate_grad_batches=%d: ratios such as Dice are those of each of the %d batches of a step"
                 " (model.loss.per_image=true: of each image, however they are batched)",
@@ -185,10 +189,11 @@ class UNet(System):
         image = batch["image"][0, :, :height, :width].cpu()
         found = output["logits"][0, 0, :height, :width].sigmoid().cpu() >= self.threshold
         known = batch["mask"][0, 0, :height, :width].cpu() == 1
-        return {"image": image, "found": overlay(image, found), "marked": overlay(image, known)}
+        shown = {"image": image, "found": overlay(image, found), "marked": overlay(image, known)}
+        return {name: _reduced(picture, _SHOWN_UP_TO) for name, picture in shown.items()}
 
     def example_input(self) -> dict[str, Tensor]:
-        return {"image": torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))}
+        return {"image": torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))}
 
     @torch.inference_mode()
     def predict(
@@ -234,9 +239,7 @@ class UNet(System):
             choices(outputs=(name, _OUTPUTS))
         limit = self._limit(sensitivity, threshold)
         rows, columns = _limits(region, *image.shape[1:])
-        batch = AdaptiveBatch(
-            size=batch_size, least=min_batch_size, most=max_batch_size, adapt=self.device.type == "cuda"
-        )
+        batch = self._batch(batch_size, min_batch_size, max_batch_size)
         with inference_autocast(self.device.type, str(precision)):
             logits = self._logits_of_photo(
                 image[:, rows, columns],
@@ -246,15 +249,23 @@ class UNet(System):
                 batch=batch,
                 flips=flips,
             )
-        probability = torch.zeros(image.shape[-2:])
+        probability, inside = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:], dtype=torch.bool)
         probability[rows, columns] = logits[0].float().cpu().sigmoid()
-        mask = remove_small(probability >= limit, min_area)
-        results: dict[str, Any] = {"probability": probability, "mask": widen(mask, dilate)}
+        inside[rows, columns] = True
+        mask = remove_small((probability >= limit) & inside, min_area)
+        results: dict[str, Any] = {"probability": probability, "mask": widen(mask, dilate) & inside}
         if "regions" in outputs:
             results["regions"] = regions(mask, probability)
         if "overlay" in outputs:
             results["overlay"] = overlay(image, results["mask"])
         return {name: results[name] for name in outputs} | {"threshold": limit}
+
+    def _batch(self, size: int, least: int, most: int) -> AdaptiveBatch:
+        """The same for all photos, so that what was found for one serves the next."""
+        key = (self.device, size, least, most)
+        if key not in self._batches:
+            self._batches[key] = AdaptiveBatch(size=size, least=least, most=most, adapt=self.device.type == "cuda")
+        return self._batches[key]
 
     def _limit(self, sensitivity: float | None, threshold: float | None) -> float:
         """The probability from which on a pixel is marked."""
@@ -298,6 +309,15 @@ def overlay(image: Tensor, mask: Tensor) -> Tensor:
     photo = image.cpu() if image.dtype == torch.uint8 else (image.cpu() * 255).round().clamp(0, 255).to(torch.uint8)
     red = torch.tensor(_OVERLAY_COLOUR, dtype=torch.uint8)[:, None, None]
     return torch.where(mask.cpu(), photo // 2 + red // 2, photo)
+
+
+def _reduced(picture: Tensor, longest: int) -> Tensor:
+    """Shape: uint8 (3, H, W) -> uint8 (3, h, w)"""
+    share = longest / max(picture.shape[1:])
+    if share >= 1:
+        return picture
+    size = [max(1, round(side * share)) for side in picture.shape[1:]]
+    return F.interpolate(picture[None].float(), size, mode="area")[0].round().to(torch.uint8)
 
 
 def _checked_image(image: Tensor) -> Tensor:

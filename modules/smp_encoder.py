@@ -37,8 +37,8 @@ class SmpNetwork(nn.Module):
         height, width = image.shape[2:]
         # Also where nothing is missing: an exported graph would keep that of its example and pad no other image.
         missing = (0, -width % self.stride, 0, -height % self.stride)
-        mode = "reflect" if height >= self.stride and width >= self.stride else "replicate"
-        return self.network(F.pad(image, missing, mode=mode))[:, :, :height, :width]
+        # Nor would it choose between two modes.
+        return self.network(F.pad(image, missing, mode="replicate"))[:, :, :height, :width]
 
 
 def _build(name: str, in_channels: int, num_classes: int) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from data.distortions import Distortions
 from data.errors import DataError, ImageError
-from data.manifest import write_manifest
+from data.manifest import read_manifest, write_manifest
 from data.watermark import WatermarkData
 from data.watermark_synthesis import WatermarkSynthesis
 
@@ -73,6 +74,22 @@ def test_examples_per_epoch_and_none(photos: Path) -> None:
     assert not data.has_data("test")
     names = [Path(dataset(data, "val")[index, 0]["name"]).name for index in range(3)]
     assert names == ["4.png", "5.png", "4.png"]
+
+
+def test_known_marks_are_evaluated_once_each_however_many_are_drawn(photos: Path, tmp_path: Path) -> None:
+    masked = read_manifest(photos / "masked.jsonl")
+    write_manifest(tmp_path / "mixed.jsonl", [read_manifest(photos / "val.jsonl")[0], *masked])
+    for count in (1, 3):
+        mixed = dataset(data_of(val_manifest=str(tmp_path / "mixed.jsonl"), val_examples=count), "val")
+        names = [Path(mixed[index, 0]["name"]).name for index in range(len(mixed))]
+        assert names == ["0.png", "1.png", "2.png"] + count * ["4.png"]
+    assert len(dataset(data_of(val_manifest=str(photos / "masked.jsonl"), val_examples=48), "val")) == 3
+
+
+def test_a_short_epoch_goes_on_where_the_last_one_ended(photos: Path) -> None:
+    items = dataset(data_of(train_manifest=str(photos / "train.jsonl"), train_examples=3))
+    names = [items[index, epoch]["name"] for epoch in range(4) for index in range(3)]
+    assert len(set(names[:4])) == 4 and names[:4] == names[4:8] == names[8:]
 
 
 def test_validation_is_the_same_whatever_the_training_seed(photos: Path) -> None:
@@ -137,6 +154,11 @@ def test_a_folder_in_place_of_manifests(photos: Path) -> None:
     data.setup()
     sizes = {stage: len(data.rows(stage) or ()) for stage in ("train", "val", "test")}
     assert sum(sizes.values()) == 8 and min(sizes.values()) >= 1
+    (photos / "two").mkdir()
+    for number in range(2):
+        shutil.copy(photos / "photos" / f"{number}.png", photos / "two")
+    with pytest.raises(DataError, match="two: too few source photos to split"):
+        data_of(images_dir=str(photos / "two")).setup()
     with pytest.raises(ValueError, match="give either images_dir or manifests"):
         data_of(images_dir=str(photos / "photos"), val_manifest="x")
 
@@ -154,6 +176,10 @@ def test_a_folder_in_place_of_manifests(photos: Path) -> None:
         ({"allow_missing_mask": "yes"}, "^allow_missing_mask"),
         ({"max_pixels": 0}, "^max_pixels"),
         ({"cache_limit_mb": -1}, "cache_limit_mb|limit_mb"),
+        ({"difference": {"treshold": 3}}, r"^difference\.treshold: no such key"),
+        ({"difference": {"channels": "rgb"}}, r"^difference\.channels"),
+        ({"difference": {"open": 1}}, r"^difference\.open"),
+        ({"mask_ignore_value": "255"}, "^mask_ignore_value"),
         ({"synthesis": {"opacity": [0.5, 2]}}, r"^synthesis\.opacity"),
         ({"synthesis": {"opacitty": 1}}, r"^synthesis\..*opacitty"),
         ({"synthesis": {"scripts": ["klingon"]}}, r"^synthesis\.scripts"),

@@ -65,6 +65,26 @@ def test_a_region_is_all_that_is_looked_at(system: UNet, photo: Tensor) -> None:
     assert torch.equal(system.predict(other, region=[10, 5, 30, 20])["probability"], found["probability"])
 
 
+def test_a_limit_is_one_whatever_the_threshold(system: UNet, photo: Tensor) -> None:
+    found = system.predict(photo, region=[10, 5, 30, 20], threshold=0.0, dilate=5)["mask"]
+    assert int(found.sum()) == 600 and found[5:25, 10:40].all()
+
+
+def test_the_batch_that_fits_is_kept_for_the_next_photo(system: UNet, photo: Tensor) -> None:
+    sizes: list[int] = []
+
+    def short_of_memory(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("simulated")
+
+    system.network.register_forward_pre_hook(short_of_memory)
+    options = {"tile": 32, "whole_up_to": 32, "outputs": ["mask"]}
+    for _ in range(2):
+        system.predict(photo, **options)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[2:]) == {2}
+
+
 def test_small_regions_go_and_the_mask_is_widened_after_that(system: UNet, photo: Tensor) -> None:
     system.network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1)).requires_grad_(False)
     dots = torch.zeros(3, 30, 30, dtype=torch.uint8)
@@ -179,6 +199,10 @@ def test_pictures_worth_seeing(system: UNet) -> None:
     figures = system.figures(batch, system.step(batch))
     assert {name: tuple(figure.shape) for name, figure in figures.items()} == dict.fromkeys(figures, (3, 32, 48))
     assert set(figures) == {"image", "found", "marked"}
+    large = batch_of([(20, 2048)])
+    large["image"], large["mask"] = (torch.zeros_like(large[name]) for name in ("image", "mask"))
+    shown = system.figures(large, {"logits": torch.zeros(1, 1, 20, 2048)})
+    assert shown["image"].shape == (3, 10, 1024)
     marked = overlay(batch["image"][0, :, :32, :48], batch["mask"][0, 0, :32, :48] == 1)
     assert torch.equal(figures["marked"], marked) and not torch.equal(marked, figures["image"])
 

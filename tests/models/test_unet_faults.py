@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,8 +17,8 @@ from data.loader import choose_loader_settings
 from data.manifest import write_manifest
 from data.watermark import WatermarkData
 from data.watermark_synthesis import WatermarkSynthesis
+from launch import report
 from metrics.segmentation import SegmentationMetrics
-from models.checkpoint import load
 from models.optim import build_optimizer
 from models.unet import UNet
 from modules.adaptive_batch import AdaptiveBatch, next_size
@@ -48,7 +49,9 @@ def test_1_probabilities_are_compared_with_the_threshold_not_logits() -> None:
     assert not system.predict(photo_of_logits(torch.full((16, 16), -0.3)), outputs=["mask"])["mask"].any()
 
 
-def test_2_every_setting_of_training_arrives(photos: Path, in_tmp: Path, script: Any) -> None:
+def test_2_every_setting_of_training_arrives(
+    photos: Path, in_tmp: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     system = UNet(optim={"name": "adamw", "lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.3})
     decayed, others = build_optimizer(system.groups_to_train(), system.optim).param_groups
     assert list(decayed["betas"]) == [0.8, 0.9]
@@ -57,10 +60,14 @@ def test_2_every_setting_of_training_arrives(photos: Path, in_tmp: Path, script:
     settings = choose_loader_settings(num_workers=3, prefetch_factor=5, cores=8)
     assert (settings["num_workers"], settings["prefetch_factor"]) == (3, 5)
     typed = "trainer.gradient_clip_val=0.7 trainer.accumulate_grad_batches=3 trainer.precision=bf16-mixed"
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(report, "dry_run", lambda system, data, trainer: made.update(trainer=trainer))
     done = script(
         "train", f"model=unet data.train_manifest={photos}/train.jsonl dry_run=true {typed} data.batch_size=2"
     )
-    assert done.code == 0 and "precision bf16-mixed" in done.out, done.text
+    assert done.code == 0, done.text
+    trainer = made["trainer"]
+    assert (trainer.gradient_clip_val, trainer.accumulate_grad_batches, trainer.precision) == (0.7, 3, "bf16-mixed")
 
 
 def test_3_a_name_that_does_not_exist_is_refused() -> None:
@@ -107,7 +114,6 @@ def test_6_what_cannot_be_read_is_never_an_empty_mask(tmp_path: Path, photos: Pa
     with pytest.raises(DataError, match=r"1\.png"):
         scan_images(tmp_path)
     (tmp_path / "masks" / "1.png").write_bytes(b"")
-    data = WatermarkData(images_dir=str(tmp_path), max_bad_files=0, max_bad_fraction=0.0)
     write_manifest(
         tmp_path / "bad.jsonl",
         [{"image_filepath": str(tmp_path / "images/1.png"), "mask_filepath": str(tmp_path / "masks/1.png")}],
@@ -118,13 +124,45 @@ def test_6_what_cannot_be_read_is_never_an_empty_mask(tmp_path: Path, photos: Pa
         data._datasets["val"].dataset[0, 0]  # type: ignore[union-attr, index]
 
 
-def test_7_the_best_weights_do_not_train_on(trained_unet: Path) -> None:
-    best = load(next((trained_unet / "checkpoints").glob("best-*.ckpt")))
-    kept = {name: value.clone() for name, value in best.state_dict().items()}
-    last = load(trained_unet / "checkpoints" / "last.ckpt")
-    for value in last.parameters():
-        value.data.add_(1.0)
-    assert all(torch.equal(value, kept[name]) for name, value in best.state_dict().items())
+class Keep(pl.Callback):
+    """What the weights were at each validation."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, dict[str, Tensor]]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.seen.append((float(trainer.callback_metrics["val_iou"]), weights))
+
+
+def test_7_the_best_weights_do_not_train_on(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    keep = Keep()
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_iou", mode="max")
+    data = WatermarkData(
+        train_manifest=str(photos / "train.jsonl"),
+        val_manifest=str(photos / "val.jsonl"),
+        batch_size=2,
+        crop=32,
+        synthesis_size=32,
+        loader={"num_workers": 0},
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=5,
+        callbacks=[keep, best],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(UNet(base_channels=4, depth=3, optim={"name": "adam", "lr": 0.05}), datamodule=data)
+    scores = [score for score, _ in keep.seen]
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert len(set(scores)) > 1 and scores.index(max(scores)) < len(scores) - 1, "the best must not be the last"
+    expected = keep.seen[scores.index(max(scores))][1]
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
 def test_8_all_components_stay_and_none_is_fattened() -> None:
