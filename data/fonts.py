@@ -80,7 +80,7 @@ class FontBook:
         files = self._by_script.get(script)
         if not files:
             raise DataError(
-                f"none of the {len(self.files)} fonts can write {script}: give data.synthesis.fonts=[…] one that can, "
+                f"none of the {len(self.files)} fonts can write {script}: add one that can, "
                 f"or leave {script} out of data.synthesis.scripts"
             )
         return files[rng.integers(len(files))]

@@ -216,6 +216,8 @@ class WatermarkData(SystemData):
         }
         try:
             self.synthesis = WatermarkSynthesis(**(synthesis or {}))
+        except DataError as error:  # about a file, not about a value
+            raise DataError(f"data.synthesis.fonts: {error}") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"synthesis.{str(error).rpartition('__init__() ')[2]}") from error
 

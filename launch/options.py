@@ -59,7 +59,9 @@ def _default(parameter: inspect.Parameter) -> Any:
 def _typed(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if value is None or isinstance(value, bool):  # 1 == True
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _declared(parameter: inspect.Parameter) -> Any:

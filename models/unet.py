@@ -43,6 +43,7 @@ _LOSS = {name: parameter.default for name, parameter in inspect.signature(Segmen
 _PIXEL_TERMS = {"bce", "focal"}  # means over pixels; all others are ratios of sums that depend on the weights
 _COUNT_UNIT = 512  # pixels; eight crops of 256 x 256 are then the 1024 that models/global_loss.py is made for
 _SHOWN_UP_TO = 1024  # pixels of the longest side of pictures in TensorBoard
+_LEAST_TILE = 32  # pixels; with smaller ones a photo would take hours
 _WHOLE_UP_TO = 1024  # pixels of the longest side of photos that are not tiled
 
 
@@ -231,11 +232,12 @@ class UNet(System):
         that was used.
         """
         image = _checked_image(image)
+        numbers(tile=tile, least=_LEAST_TILE, most=math.inf)
         whole_numbers(tile=tile, whole_up_to=whole_up_to)
         numbers(overlap=overlap, least=0, most=0.95)
         numbers(dilate=dilate, min_area=min_area, least=0, most=math.inf)
         switches(flips=flips)
-        for name in outputs:
+        for name in outputs or ("none",):
             choices(outputs=(name, _OUTPUTS))
         limit = self._limit(sensitivity, threshold)
         rows, columns = _limits(region, *image.shape[1:])
@@ -276,7 +278,7 @@ class UNet(System):
             return threshold
         if sensitivity is None:
             return self.threshold
-        numbers(least=0, most=1, sensitivity=sensitivity)
+        numbers(least=0.01, most=1, sensitivity=sensitivity)
         if not self.calibration[1].any():
             raise ValueError("sensitivity needs a checkpoint that was validated on marked photos; give threshold")
         return threshold_for_recall(self.calibration.cpu(), sensitivity)

@@ -117,6 +117,9 @@ def test_sensitivity_is_the_share_that_was_found_in_validation(system: UNet, pho
     "options, says",
     [
         ({"tile": 0}, "^tile"),
+        ({"tile": 16}, "^tile must be a number of at least 32"),
+        ({"outputs": []}, "^outputs must be one of"),
+        ({"sensitivity": 0}, "^sensitivity"),
         ({"overlap": 1.0, "whole_up_to": 16}, "^overlap"),
         ({"batch_size": 64}, "batch"),
         ({"flips": 1}, "^flips"),
