@@ -27,7 +27,7 @@ import torch
 
 from data.manifest import write_manifest
 from models.checkpoint import read_checkpoint
-from tests.conftest import RATE, TINY
+from tests.conftest import OF_THE_MACHINE, RATE, TINY
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parent.parent.parent
@@ -199,7 +199,7 @@ def result(run: Path) -> dict[str, Any]:
         "early stopping": next(state for name, state in states.items() if name.startswith("EarlyStopping")),
         "best": (Path(best["best_model_path"]).name, best["best_model_score"], best_file.name),
         "best weights": read_checkpoint(best_file)["state_dict"],
-        "metrics.csv": [{k: v for k, v in r.items() if k not in ("examples_per_s", "data_wait_share")} for r in rows],
+        "metrics.csv": [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in rows],
         "summary": [summary[key] for key in ("status", "metrics", "best_checkpoint", "steps")],
         "leftovers": [file.name for file in run.rglob("*.tmp")],
     }
