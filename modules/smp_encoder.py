@@ -4,6 +4,7 @@ Their weights are random at first. Pretrained encoders are downloads of hundreds
 neither a constructor nor a checkpoint that is being loaded should start.
 """
 
+import importlib
 from typing import Any
 
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class SmpNetwork(nn.Module):
 
 def _build(name: str, in_channels: int, num_classes: int) -> Any:
     try:
-        import segmentation_models_pytorch as smp
+        smp = importlib.import_module("segmentation_models_pytorch")
     except ImportError as error:
         raise ValueError(f"network smp:{name} needs another package: pip install {REQUIREMENT}") from error
     architectures = {known.__name__: known for known in smp.MODEL_ARCHITECTURES_MAPPING.values()}
