@@ -35,7 +35,6 @@ Image.MAX_IMAGE_PIXELS = None  # see above: `_open` looks at the size itself
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 _LFS_HEAD = b"version https://git-lfs"
-_ORIENTATION = 0x0112  # the EXIF tag
 _GREY = (299, 587, 114)  # thousandths, ITU-R BT.601: whole numbers, so that a threshold is exact
 
 
@@ -58,19 +57,6 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             grey = _from_16_bits(np.asarray(image))
             return np.repeat(grey[:, :, None], 3, axis=2)
         return np.array(_over_white(image))
-
-
-def image_size(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width that `read_image` would give, from the header alone.
-
-    Raises:
-        ImageError: as `read_image`, where the header shows it.
-    """
-    with _open(path, max_pixels) as image:
-        width, height = image.size
-        # Pillow gives the size of a TIFF file after it is turned, of all others before.
-        turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        return (width, height) if turned else (height, width)
 
 
 def read_mask(path: PathLike, *, ignore_value: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -19,14 +19,13 @@ from data.epochs import Setting, at_epoch, values_of
 from data.errors import DataError
 from data.image_cache import PhotoReader, is_known, read_example
 from data.image_folders import scan_images, split_by_source
-from data.images import MAX_PIXELS
+from data.images import MAX_PIXELS, NOT_KNOWN
 from data.photo_crops import crop_pair, crop_photo
 from data.ranges import Range, check_range
 from data.sampler import ItemKey, item_key
 from data.watermark_synthesis import WatermarkSynthesis
 
 _LEAST_CROP = 16  # pixels, the smallest that the network takes
-NOT_KNOWN = 255  # in a mask
 
 
 class WatermarkDataset(Dataset):
@@ -140,7 +139,8 @@ class WatermarkData(SystemData):
             `channels` (max or grey) and `open`.
         mask_ignore_value: of this value are the pixels of mask files that are not known; None: there are none.
         max_pixels: larger photos are refused before they are decoded.
-        cache_limit_mb: of decoded photos, per process; 0: none are kept.
+        cache_limit_mb: of decoded photos kept in memory, of each stage and process, shared among its workers; 0:
+            none are kept.
         synthesis: arguments of `data.watermark_synthesis.WatermarkSynthesis`.
 
         Others: as `SystemData`.

@@ -9,8 +9,6 @@ precision, IoU and Dice 0 (and recall 1, there was nothing to miss), a missed ma
 1, nothing was claimed).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -96,16 +94,6 @@ def threshold_for_recall(histogram: Tensor, recall: float) -> float:
         )
     found = _ratio(tp, tp + fn, 1.0) >= recall  # falls with the threshold
     return THRESHOLDS[max(int(found.sum()), 1) - 1]
-
-
-def precision_recall_rows(histogram: Tensor) -> list[dict[str, Any]]:
-    """A row for each of the THRESHOLDS: `threshold`, the counts, `precision`, `recall`, `dice` and `iou`."""
-    counts = counts_at(histogram)
-    columns = dict(zip(("tp", "fp", "fn", "tn"), counts.T, strict=True))
-    values = scores(**columns)
-    columns |= {name: values[name] for name in ("precision", "recall", "dice", "iou")}
-    table = {"threshold": list(THRESHOLDS)} | {name: column.tolist() for name, column in columns.items()}
-    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, empty: float) -> Tensor:

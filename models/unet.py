@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.overlap import SegmentationLoss
-from metrics.calibration import calibrated_threshold, threshold_for_recall
+from metrics.calibration import UNKNOWN, calibrated_threshold, threshold_for_recall
 from metrics.segmentation import SegmentationMetrics
 from models.base import System
 from modules.adaptive_batch import AdaptiveBatch
@@ -129,7 +129,7 @@ class UNet(System):
         if len(terms) > 1:
             output |= {f"loss_{name}": value for name, value in terms.items()}
         if self.counts_pixels:
-            output["loss_count"] = (mask != 255).sum() / _COUNT_UNIT
+            output["loss_count"] = (mask != UNKNOWN).sum() / _COUNT_UNIT
         return output
 
     def _logits_of_sizes(self, image: Tensor, size: Tensor) -> Tensor:
@@ -154,6 +154,7 @@ class UNet(System):
         metric.update(probability=probability, target=batch["mask"])
 
     def on_test_epoch_start(self) -> None:
+        # Made anew: the weights, and with them the threshold, were loaded after the first was made.
         self._metrics["test"] = SegmentationMetrics(threshold=self.threshold, boundary=True)
         super().on_test_epoch_start()
 

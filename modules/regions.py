@@ -16,8 +16,8 @@ from torch import Tensor
 from modules.checks import whole_numbers
 
 
-def regions(mask: Tensor, probability: Tensor, *, min_area: int = 1) -> list[dict[str, Any]]:
-    """All components of at least *min_area* pixels, from top to bottom and from left to right.
+def regions(mask: Tensor, probability: Tensor) -> list[dict[str, Any]]:
+    """All components, from top to bottom and from left to right.
 
     Pixels that touch at a corner belong together: strokes are thin and slanted.
 
@@ -34,8 +34,6 @@ def regions(mask: Tensor, probability: Tensor, *, min_area: int = 1) -> list[dic
     likely = probability.detach().cpu().numpy()
     found = []
     for index, box in enumerate(find_objects(labels), start=1):
-        if areas[index] < min_area:
-            continue
         inside = labels[box] == index  # (height, width) of the box
         top, left = box[0].start, box[1].start
         found.append(

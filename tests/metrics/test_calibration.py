@@ -13,7 +13,6 @@ from metrics.calibration import (
     calibrated_threshold,
     counts_at,
     f_beta,
-    precision_recall_rows,
     probability_histogram,
     scores,
     threshold_for_recall,
@@ -137,22 +136,3 @@ def test_no_such_recall(recall: float) -> None:
 def test_no_recall_without_marks() -> None:
     with pytest.raises(ValueError, match="recall: .* no marked pixel was counted"):
         threshold_for_recall(histogram((0.9, 0, 5)), 0.9)
-
-
-def test_rows() -> None:
-    rows = precision_recall_rows(histogram((0.6, 1, 3), (0.3, 1, 1), (0.55, 0, 2), (0.1, 0, 4)))
-    assert [row["threshold"] for row in rows] == list(THRESHOLDS)
-    assert rows[54] == pytest.approx(
-        {
-            "threshold": 0.55,
-            "tp": 3,
-            "fp": 2,
-            "fn": 1,
-            "tn": 4,
-            "precision": 0.6,
-            "recall": 0.75,
-            "dice": 6 / 9,
-            "iou": 0.5,
-        }
-    )
-    assert all(isinstance(row["tp"], int) for row in rows)

@@ -214,8 +214,8 @@ def test_11_the_batch_grows_and_shrinks_as_the_guide_says() -> None:
     assert next_size(8, **limits, out_of_memory=True) == 4
 
 
-def test_losing_training_with_lightning_keeps_all_validation_examples(photos: Path) -> None:
-    """Its loaders left out the last incomplete batch of validation too."""
+def test_validation_leaves_no_example_out(photos: Path) -> None:
+    """Its loaders dropped the last incomplete batch there as in training."""
     data = WatermarkData(
         train_manifest=str(photos / "train.jsonl"),
         val_manifest=str(photos / "val.jsonl"),
