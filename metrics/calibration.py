@@ -80,6 +80,16 @@ def calibrated_threshold(histogram: Tensor) -> float:
     return THRESHOLDS[best - 1]
 
 
+def recall_at(histogram: Tensor, threshold: float) -> float:
+    """The share of the marked pixels that a threshold finds, by the next of the THRESHOLDS below it.
+
+    1 where no marked pixels were counted. Shape: (2, 100).
+    """
+    tp, _, fn, _ = counts_at(histogram).T
+    index = max(sum(known <= threshold for known in THRESHOLDS) - 1, 0)
+    return float(_ratio(tp, tp + fn, 1.0)[index])
+
+
 def threshold_for_recall(histogram: Tensor, recall: float) -> float:
     """The highest of the THRESHOLDS that finds at least the share *recall* of the marked pixels; the lowest if none.
 

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.overlap import SegmentationLoss
-from metrics.calibration import UNKNOWN, calibrated_threshold, threshold_for_recall
+from metrics.calibration import UNKNOWN, calibrated_threshold, recall_at, threshold_for_recall
 from metrics.segmentation import SegmentationMetrics
 from models.base import System
 from modules.adaptive_batch import AdaptiveBatch
 from modules.autocast import inference_autocast
 from modules.checks import choices, numbers, switches, whole_numbers
 from modules.regions import dilate as widen
-from modules.regions import regions, remove_small
+from modules.regions import regions, remove_small, remove_uncertain
 from modules.smp_encoder import SmpNetwork
 from modules.tiling import predict_in_tiles
 from modules.unet import UNet as Network
@@ -51,7 +51,7 @@ class UNet(System):
     """Finds the pixels of watermarks. Network arguments: modules/unet.py.
 
     *network*: `unet`, or one of segmentation_models_pytorch as `smp:<architecture>/<encoder>`, such as
-    `smp:Unet/resnet34`, for which the arguments from *base_channels* to *dropout* have no effect.
+    `smp:Unet/resnet34`, for which the arguments from *base_channels* to *patch* have no effect.
     *normalization*: of the photo before the network: imagenet (its mean and standard deviation) or none.
     *channels_last*: memory format of network and photos; convolutions are faster in it, results the same.
     *loss*: arguments of `losses.overlap.SegmentationLoss`.
@@ -79,6 +79,7 @@ class UNet(System):
         up: str = "bilinear",
         norm: str = "batch",
         dropout: float = 0.0,
+        patch: int = 1,
         normalization: str = "imagenet",
         channels_last: bool = True,
         loss: dict[str, Any] | None = None,
@@ -93,7 +94,7 @@ class UNet(System):
         self.hparams.update(loss=loss)  # whole, so that a later default changes nothing
         self.criterion, self.counts_pixels = _criterion(loss)
         if network == "unet":
-            own = Network(base_channels=base_channels, depth=depth, up=up, norm=norm, dropout=dropout)
+            own = Network(base_channels=base_channels, depth=depth, up=up, norm=norm, dropout=dropout, patch=patch)
         elif isinstance(network, str) and network.startswith("smp:"):
             own = SmpNetwork(name=network.removeprefix("smp:"))
         else:
@@ -213,6 +214,7 @@ class UNet(System):
         flips: bool = False,
         dilate: int = 0,
         min_area: int = 0,
+        hysteresis: float = 0.5,
         region: Sequence[int] | None = None,
         precision: str = "auto",
         outputs: Sequence[str] = ("mask", "probability", "overlay", "regions"),
@@ -225,7 +227,8 @@ class UNet(System):
         are looked at in tiles of *tile* pixels that overlap by the share *overlap*, *batch_size* at a time, which a
         GPU's memory raises up to *max_batch_size* or lowers down to *min_batch_size*. *flips*: the mean over the photo
         and its mirrored forms. *dilate*: pixels by which the mask is widened. *min_area*: pixels of the smallest region
-        that stays. *region*: x, y, width and height to look in, in pixels. *precision*: auto (half on GPUs), 32, bf16
+        that stays. *hysteresis*: a region stays where it reaches a probability that this share of the marked pixels
+        found in the last validation does not reach; 0: all stay. *region*: x, y, width and height to look in, in pixels. *precision*: auto (half on GPUs), 32, bf16
         or 16.
 
         Returns what *outputs* names: `mask` (H, W) bool, `probability` (H, W), `overlay` (3, H, W) uint8, `regions`, a
@@ -237,6 +240,7 @@ class UNet(System):
         whole_numbers(tile=tile, whole_up_to=whole_up_to)
         numbers(overlap=overlap, least=0, most=0.95)
         numbers(dilate=dilate, min_area=min_area, least=0, most=math.inf)
+        numbers(hysteresis=hysteresis, least=0, most=0.99)
         switches(flips=flips)
         for name in outputs or ("none",):
             choices(outputs=(name, _OUTPUTS))
@@ -256,6 +260,7 @@ class UNet(System):
         probability[rows, columns] = logits[0].float().cpu().sigmoid()
         inside[rows, columns] = True
         mask = remove_small((probability >= limit) & inside, min_area)
+        mask = remove_uncertain(mask, probability, self._certain(limit, hysteresis))
         results: dict[str, Any] = {"probability": probability, "mask": widen(mask, dilate) & inside}
         if "regions" in outputs:
             results["regions"] = regions(mask, probability)
@@ -283,6 +288,13 @@ class UNet(System):
         if not self.calibration[1].any():
             raise ValueError("sensitivity needs a checkpoint that was validated on marked photos; give threshold")
         return threshold_for_recall(self.calibration.cpu(), sensitivity)
+
+    def _certain(self, limit: float, hysteresis: float) -> float:
+        """The probability that a region has to reach somewhere: that of all but a share of the marked pixels found."""
+        if not hysteresis or not self.calibration[1].any():
+            return limit
+        found = recall_at(self.calibration.cpu(), limit)
+        return threshold_for_recall(self.calibration.cpu(), max((1 - hysteresis) * found, 0.01)) if found else limit
 
     def _logits_of_photo(
         self,

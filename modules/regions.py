@@ -57,6 +57,19 @@ def remove_small(mask: Tensor, min_area: int) -> Tensor:
     return torch.from_numpy(large[labels])
 
 
+def remove_uncertain(mask: Tensor, probability: Tensor, least: float) -> Tensor:
+    """The mask without components whose probability is below *least* everywhere: thresholding with hysteresis.
+
+    Source: Canny, "A Computational Approach to Edge Detection", IEEE TPAMI 8(6), 1986, section VI.
+    Shape: mask (H, W) bool, probability (H, W) -> (H, W) bool.
+    """
+    labels = _label(mask)
+    certain = np.zeros(labels.max() + 1, dtype=bool)
+    certain[labels[(probability >= least).cpu().numpy()]] = True
+    certain[0] = False
+    return torch.from_numpy(certain[labels])
+
+
 def _label(mask: Tensor) -> np.ndarray:
     """Number of each pixel's component, 0 where there is none. Shape: (H, W) -> (H, W) int32."""
     from scipy.ndimage import label

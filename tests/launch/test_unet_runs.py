@@ -77,8 +77,12 @@ def test_processes_count_the_pixels_of_the_validation_together(photos: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [{**TINY, "depth": 5, "up": "transposed", "norm": "group"}, {"network": "smp:Unet/mobilenet_v2"}],
-    ids=["deep", "smp"],
+    [
+        {**TINY, "depth": 5, "up": "transposed", "norm": "group"},
+        {**TINY, "patch": 2},
+        {"network": "smp:Unet/mobilenet_v2"},
+    ],
+    ids=["deep", "patch", "smp"],
 )
 def test_other_networks_are_exported_too(arguments: dict[str, Any], tmp_path: Path) -> None:
     if "network" in arguments:

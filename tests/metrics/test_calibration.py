@@ -14,6 +14,7 @@ from metrics.calibration import (
     counts_at,
     f_beta,
     probability_histogram,
+    recall_at,
     scores,
     threshold_for_recall,
 )
@@ -125,6 +126,21 @@ def test_threshold_for_recall() -> None:
     for wanted in (0.1, 0.3, 0.7):  # a share that is hit exactly is enough
         ten = histogram((0.6, 1, round(10 * wanted)), (0.2, 1, 10 - round(10 * wanted)))
         assert threshold_for_recall(ten, wanted) == 0.6
+
+
+def test_recall_of_a_threshold() -> None:
+    histogram = torch.zeros(2, 100, dtype=torch.int64)
+    assert recall_at(histogram, 0.5) == 1.0
+    histogram[1, 20], histogram[1, 70] = 10, 90
+    assert [recall_at(histogram, level) for level in (0.0, 0.2, 0.21, 0.7, 0.705, 0.71, 1.0)] == [
+        1,
+        1,
+        0.9,
+        0.9,
+        0.9,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("recall", [0.0, -1.0, 1.1, math.nan])

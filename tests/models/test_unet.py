@@ -97,6 +97,23 @@ def test_small_regions_go_and_the_mask_is_widened_after_that(system: UNet, photo
     assert int(results["mask"].sum()) == 9 + 12
 
 
+def test_regions_that_nowhere_look_like_a_mark_go(system: UNet) -> None:
+    system.network = torch.nn.Conv2d(3, 1, 1).requires_grad_(False)
+    torch.nn.init.zeros_(system.network.weight)
+    system.network.weight[0, 0] = 0.25
+    torch.nn.init.constant_(system.network.bias, 0.0)
+    photo = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    photo[:, 2:4, 2:9] = 200  # probability .54
+    photo[:, 10:12, 2:9] = 200
+    photo[:, 11, 5] = 255  # one pixel of .59
+    system.normalization, system.mean, system.std = "none", torch.zeros(3, 1, 1), torch.full((3, 1, 1), 0.7)
+    every = {"threshold": 0.52, "outputs": ("regions",)}
+    assert len(system.predict(photo, **every)["regions"]) == 2  # nothing was validated
+    system.calibration[1, 53], system.calibration[1, 58] = 40, 60
+    assert [region["bbox"][1] for region in system.predict(photo, **every)["regions"]] == [10]
+    assert len(system.predict(photo, **every, hysteresis=0.0)["regions"]) == 2
+
+
 def test_sensitivity_is_the_share_that_was_found_in_validation(system: UNet, photo: Tensor) -> None:
     with pytest.raises(ValueError, match="sensitivity needs a checkpoint that was validated"):
         system.predict(photo, sensitivity=0.9)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import binary_dilation
 
-from modules.regions import decode, dilate, regions, remove_small
+from modules.regions import decode, dilate, regions, remove_small, remove_uncertain
 
 
 def draw(*size: int, boxes: list[tuple[int, int, int, int]]) -> torch.Tensor:
@@ -118,3 +118,14 @@ def test_dilation_needs_whole_pixels():
 def test_a_mask_of_another_kind(mask):
     with pytest.raises(ValueError, match="mask must be bool of shape"):
         regions(mask, torch.ones(3, 3))
+
+
+def test_components_stay_whole_where_they_are_certain_somewhere():
+    mask = draw(12, 20, boxes=[(1, 1, 5, 2), (6, 3, 2, 2), (12, 6, 4, 4)])  # the first two touch at a corner
+    probability = 0.5 * mask.float()
+    probability[4, 7] = 0.9
+    probability[0, 0] = 1.0  # outside
+    assert torch.equal(remove_uncertain(mask, probability, 0.9), draw(12, 20, boxes=[(1, 1, 5, 2), (6, 3, 2, 2)]))
+    assert torch.equal(remove_uncertain(mask, probability, 0.5), mask)
+    assert not remove_uncertain(mask, probability, 0.95).any()
+    assert not remove_uncertain(torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4), 0.5).any()

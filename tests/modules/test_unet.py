@@ -41,6 +41,25 @@ def test_logits_have_the_size_of_the_image(depth, up, norm):
         assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("patch", [2, 3])
+@pytest.mark.parametrize("size", [(24, 48), (37, 53), (16, 17)])
+def test_squares_of_pixels_are_channels_of_one(patch, size):
+    network = make(patch=patch, num_classes=2).eval()
+    image = make_image(2, 3, *size)
+    logits = network(image)
+    assert logits.shape == (2, 2, *size)
+    least = 8 * patch
+    height, width = (-(-max(side, least) // patch) * patch for side in size)
+    rows, columns = (torch.arange(full).clamp_max(side - 1) for full, side in zip((height, width), size, strict=True))
+    whole = image[:, :, rows][:, :, :, columns]  # the last row and column repeated
+    plain = make(in_channels=3 * patch**2, num_classes=2 * patch**2).eval()
+    plain.load_state_dict(network.state_dict())
+    squares = whole.view(2, 3, height // patch, patch, width // patch, patch).permute(0, 1, 3, 5, 2, 4)
+    expected = plain(squares.flatten(1, 3)).view(2, 2, patch, patch, height // patch, width // patch)
+    expected = expected.permute(0, 1, 4, 2, 5, 3).reshape(2, 2, height, width)
+    assert torch.allclose(logits, expected[:, :, : size[0], : size[1]], atol=1e-6)
+
+
 @EVERY_KIND
 def test_every_parameter_has_a_finite_gradient(up, norm):
     network = make(up=up, norm=norm).double()
