@@ -228,8 +228,8 @@ class UNet(System):
         GPU's memory raises up to *max_batch_size* or lowers down to *min_batch_size*. *flips*: the mean over the photo
         and its mirrored forms. *dilate*: pixels by which the mask is widened. *min_area*: pixels of the smallest region
         that stays. *hysteresis*: a region stays where it reaches a probability that this share of the marked pixels
-        found in the last validation does not reach; 0: all stay. *region*: x, y, width and height to look in, in pixels. *precision*: auto (half on GPUs), 32, bf16
-        or 16.
+        found in the last validation does not reach; 0: all stay. *region*: x, y, width and height to look in, in
+        pixels. *precision*: auto (half on GPUs), 32, bf16 or 16.
 
         Returns what *outputs* names: `mask` (H, W) bool, `probability` (H, W), `overlay` (3, H, W) uint8, `regions`, a
         list of what modules/regions.py tells of each connected region (before it is widened), and `threshold`, the one
