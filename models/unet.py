@@ -51,7 +51,7 @@ class UNet(System):
     """Finds the pixels of watermarks. Network arguments: modules/unet.py.
 
     *network*: `unet`, or one of segmentation_models_pytorch as `smp:<architecture>/<encoder>`, such as
-    `smp:Unet/resnet34`, for which the arguments from *base_channels* to *patch* have no effect.
+    `smp:Unet/resnet34`, for which the arguments from *base_channels* to *refine* have no effect.
     *normalization*: of the photo before the network: imagenet (its mean and standard deviation) or none.
     *channels_last*: memory format of network and photos; convolutions are faster in it, results the same.
     *loss*: arguments of `losses.overlap.SegmentationLoss`.
@@ -80,6 +80,7 @@ class UNet(System):
         norm: str = "batch",
         dropout: float = 0.0,
         patch: int = 1,
+        refine: int = 0,
         normalization: str = "imagenet",
         channels_last: bool = True,
         loss: dict[str, Any] | None = None,
@@ -94,7 +95,15 @@ class UNet(System):
         self.hparams.update(loss=loss)  # whole, so that a later default changes nothing
         self.criterion, self.counts_pixels = _criterion(loss)
         if network == "unet":
-            own = Network(base_channels=base_channels, depth=depth, up=up, norm=norm, dropout=dropout, patch=patch)
+            own = Network(
+                base_channels=base_channels,
+                depth=depth,
+                up=up,
+                norm=norm,
+                dropout=dropout,
+                patch=patch,
+                refine=refine,
+            )
         elif isinstance(network, str) and network.startswith("smp:"):
             own = SmpNetwork(name=network.removeprefix("smp:"))
         else:

@@ -14,7 +14,9 @@ Decisions that are not obvious:
 * norm "batch" is unreliable with one or two images per batch; "group" normalises each image alone.
 * With patch 2 or more the network sees squares of that many pixels as channels of one, at 1 / patch of the resolution,
   and gives the logits of all pixels of a square at once (Shi et al., "Real-Time Single Image and Video Super-Resolution
-  Using an Efficient Sub-Pixel Convolutional Neural Network", CVPR 2016): a quarter of the work with patch 2.
+  Using an Efficient Sub-Pixel Convolutional Neural Network", CVPR 2016): a quarter of the work with patch 2. Strokes of
+  a pixel or two come out too wide then; refine hands a few features of each pixel, and the pixel itself, to one more
+  convolution at full resolution.
 * A fresh network takes 3 % of the pixels for marked: with a bias of zero the first steps would go into learning that
   nearly everything is background.
 """
@@ -79,6 +81,7 @@ class UNet(nn.Module):
         norm: a name of `NORMS`; "group" has 8 groups, or one per channel where there are fewer than 8.
         dropout: share of the channels at the bottom that training sets to zero.
         patch: side in pixels of the squares that are folded into channels, 1 to 4; 1: none are.
+        refine: features of each pixel at full resolution, with a patch above 1; 0: the squares' logits are the answer.
 
     Shape: (N, in_channels, H, W) -> (N, num_classes, H, W) for every size, meant for 16 pixels and more. Nothing in it
     turns the memory format: channels last stays channels last.
@@ -101,9 +104,10 @@ class UNet(nn.Module):
         norm: str = "batch",
         dropout: float = 0.0,
         patch: int = 1,
+        refine: int = 0,
     ) -> None:
         super().__init__()
-        _check_arguments(in_channels, num_classes, base_channels, depth, up, norm, dropout, patch)
+        _check_arguments(in_channels, num_classes, base_channels, depth, up, norm, dropout, patch, refine)
         self.in_channels = in_channels
         self.depth = depth
         self.patch = patch
@@ -119,18 +123,24 @@ class UNet(nn.Module):
             outputs = handed[level] if level else base_channels
             self.add_module(f"dec{step}", Decoder(channels[level + 1], outputs, up=up, norm=norm))
         self.dropout = nn.Dropout2d(dropout)
-        self.head = nn.Conv2d(base_channels, num_classes * patch**2, 1)
-        self._initialise()
+        self.head = nn.Conv2d(base_channels, (refine or num_classes) * patch**2, 1)
+        last = self.head
+        self.refine: nn.Sequential | None = None
+        if refine:
+            last = nn.Conv2d(refine, num_classes, 1)
+            sharpen = nn.Conv2d(refine + in_channels, refine, 3, padding=1, bias=False)
+            self.refine = nn.Sequential(sharpen, _make_norm(norm, refine), nn.ReLU(inplace=True), last)
+        self._initialise(last)
 
-    def _initialise(self) -> None:
-        """He et al. 2015, by fan-out. Not the head, whose fan-out of one class would give it huge weights."""
+    def _initialise(self, last: nn.Conv2d) -> None:
+        """He et al. 2015, by fan-out. Not the last layer, whose fan-out of one class would give it huge weights."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module is not self.head:
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module is not last:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        assert self.head.bias is not None
-        nn.init.constant_(self.head.bias, math.log(PRIOR / (1 - PRIOR)))
+        assert last.bias is not None
+        nn.init.constant_(last.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != self.in_channels or not image.is_floating_point():
@@ -145,8 +155,10 @@ class UNet(nn.Module):
             logits = self._classify(image)
         else:
             missing = (0, -image.shape[3] % self.patch, 0, -image.shape[2] % self.patch)
-            squares = F.pixel_unshuffle(F.pad(image, missing, mode="replicate"), self.patch)
-            logits = F.pixel_shuffle(self._classify(squares), self.patch)
+            image = F.pad(image, missing, mode="replicate")
+            logits = F.pixel_shuffle(self._classify(F.pixel_unshuffle(image, self.patch)), self.patch)
+            if self.refine is not None:  # not logits yet, but features
+                logits = self.refine(torch.cat([logits, image], 1))
         return logits[:, :, :height, :width]
 
     def _classify(self, x: Tensor) -> Tensor:
@@ -167,14 +179,27 @@ def _make_norm(norm: str, channels: int) -> nn.Module:
 
 
 def _check_arguments(
-    in_channels: int, num_classes: int, base_channels: int, depth: int, up: str, norm: str, dropout: float, patch: int
+    in_channels: int,
+    num_classes: int,
+    base_channels: int,
+    depth: int,
+    up: str,
+    norm: str,
+    dropout: float,
+    patch: int,
+    refine: int,
 ) -> None:
     whole_numbers(
         in_channels=in_channels, num_classes=num_classes, base_channels=base_channels, depth=depth, patch=patch
     )
     numbers(least=3, most=5, depth=depth)
     numbers(least=1, most=4, patch=patch)
+    if refine:
+        whole_numbers(refine=refine)
+        if patch == 1:
+            raise ValueError(f"refine={refine} needs a patch above 1; without one all is at full resolution")
     choices(up=(up, UPS), norm=(norm, NORMS))
     numbers(least=0, most=1, dropout=dropout)
-    if norm == "group" and base_channels % 8 and base_channels not in (1, 2, 4):
-        raise ValueError(f"base_channels must be 1, 2, 4 or a multiple of 8 for norm 'group', got {base_channels}")
+    for name, channels in {"base_channels": base_channels, "refine": refine}.items():
+        if norm == "group" and channels % 8 and channels not in (1, 2, 4):
+            raise ValueError(f"{name} must be 1, 2, 4 or a multiple of 8 for norm 'group', got {channels}")

@@ -79,7 +79,7 @@ def test_processes_count_the_pixels_of_the_validation_together(photos: Path) -> 
     "arguments",
     [
         {**TINY, "depth": 5, "up": "transposed", "norm": "group"},
-        {**TINY, "patch": 2},
+        {**TINY, "patch": 2, "refine": 4},
         {"network": "smp:Unet/mobilenet_v2"},
     ],
     ids=["deep", "patch", "smp"],

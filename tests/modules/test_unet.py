@@ -60,6 +60,28 @@ def test_squares_of_pixels_are_channels_of_one(patch, size):
     assert torch.allclose(logits, expected[:, :, : size[0], : size[1]], atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_features_of_pixels_are_refined_with_the_pixels(norm):
+    network = make(patch=2, refine=8, norm=norm, num_classes=2)
+    for size in [(16, 16), (37, 53)]:
+        logits = network(make_image(2, 3, *size))
+        assert logits.shape == (2, 2, *size)
+        logits.sum().backward()
+
+
+def test_a_pixel_changes_what_is_refined_near_it():
+    network = make(patch=2, refine=8).eval()
+    image = make_image(1, 3, 32, 32)
+    brighter = image.clone()
+    brighter[..., 5, 7] += 0.5
+    before = network._classify(nn.functional.pixel_unshuffle(image, 2))
+    with pytest.MonkeyPatch.context() as patched:  # what the pixel itself adds, the features being as they were
+        patched.setattr(network, "_classify", lambda squares: before)
+        moved = (network(brighter) - network(image)).abs().amax((0, 1)) > 0
+    assert moved.any() and set(moved.nonzero()[:, 0].tolist()) <= {4, 5, 6}
+    assert set(moved.nonzero()[:, 1].tolist()) <= {6, 7, 8}
+
+
 @EVERY_KIND
 def test_every_parameter_has_a_finite_gradient(up, norm):
     network = make(up=up, norm=norm).double()
@@ -216,6 +238,10 @@ def test_number_of_parameters(arguments, num_parameters):
         ({"up": "nearest"}, "up must be one of bilinear, transposed, got 'nearest'"),
         ({"norm": "layer"}, "norm must be one of batch, group"),
         ({"dropout": 1.5}, "dropout"),
+        ({"patch": 5}, "patch must be a number from 1 to 4, got 5"),
+        ({"refine": 8}, "refine=8 needs a patch above 1"),
+        ({"refine": -1, "patch": 2}, "refine must be a whole number"),
+        ({"norm": "group", "patch": 2, "refine": 12}, "refine must be 1, 2, 4 or a multiple of 8"),
         ({"norm": "group", "base_channels": 12}, "base_channels must be 1, 2, 4 or a multiple of 8"),
     ],
 )
