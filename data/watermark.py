@@ -21,6 +21,7 @@ from data.image_cache import PhotoReader, is_known, read_example
 from data.image_folders import scan_images, split_by_source
 from data.images import MAX_PIXELS, NOT_KNOWN
 from data.photo_crops import crop_pair, crop_photo
+from data.photo_variety import PhotoVariety
 from data.ranges import Range, check_range
 from data.sampler import ItemKey, item_key
 from data.watermark_synthesis import WatermarkSynthesis
@@ -43,6 +44,7 @@ class WatermarkDataset(Dataset):
         seed: see above.
         scale: [low, high], the range of the zoom of crops that are drawn on,
         known_scale: and of those whose marks are known.
+        variety: what makes other photos of those that are drawn on in training.
         reader: of photos.
 
     Shape:
@@ -63,6 +65,7 @@ class WatermarkDataset(Dataset):
         seed: int,
         scale: tuple[float, float],
         known_scale: tuple[float, float],
+        variety: PhotoVariety,
         reader: PhotoReader,
         synthesis_size: int,
     ) -> None:
@@ -73,12 +76,14 @@ class WatermarkDataset(Dataset):
         else:  # an epoch may have fewer items than there are rows, and then begins where the last one ended
             rows = [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
         self.rows = rows
+        self.drawn = [row for row in rows if not is_known(row)]
         self.num_items = len(rows) if num_items is None or crop is None else num_items
         self.crop = crop
         self.synthesis = synthesis
         self.seed = seed
         self.scale = scale
         self.known_scale = known_scale
+        self.variety = variety
         self.reader = reader
         self.synthesis_size = synthesis_size
 
@@ -94,6 +99,8 @@ class WatermarkDataset(Dataset):
             side = at_epoch(self.crop, epoch)
             if mask is None:
                 photo = crop_photo(photo, rng, side, scale=self.scale)
+                apart = np.random.default_rng([self.seed, epoch, index, 1])  # marks stay where they are without it
+                photo = self.variety(photo, apart, lambda: self._another_crop(apart, side))
             else:
                 photo, mask = crop_pair(photo, mask, rng, side, scale=self.known_scale)
         elif mask is None:
@@ -107,6 +114,11 @@ class WatermarkDataset(Dataset):
             "size": torch.tensor(image.shape[-2:]),
             "name": row["image_filepath"],
         }
+
+    def _another_crop(self, rng: np.random.Generator, side: int) -> np.ndarray:
+        """Of any photo that is drawn on. Shape: uint8 (side, side, 3)"""
+        photo, _ = read_example(self.drawn[rng.integers(len(self.drawn))], reader=self.reader)
+        return crop_photo(photo, rng, side, scale=self.scale)
 
     @staticmethod
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,6 +144,7 @@ class WatermarkData(SystemData):
         known_scale: and of those whose marks are known.
         synthesis_size: side of a validation or test example that is drawn on; smaller photos are taken whole, and so
             are all whose marks are known.
+        variety: of training photos that are drawn on, arguments of `data.photo_variety.PhotoVariety`.
         train_examples, val_examples, test_examples: per epoch; None: one of each row, 0: none. In validation and test
             they count those that are drawn on, known ones all come once.
         eval_seed: seed of the validation's marks; those of the test have the next one.
@@ -165,6 +178,7 @@ class WatermarkData(SystemData):
         crop: Setting[int] = 256,
         scale: Range = (0.5, 2.0),
         known_scale: Range = (1.0, 1.0),
+        variety: dict[str, Any] | None = None,
         synthesis_size: int = 512,
         train_examples: int | None = None,
         val_examples: int | None = None,
@@ -198,6 +212,10 @@ class WatermarkData(SystemData):
             "scale": check_range("scale", scale, least=0.05, most=20),
             "known_scale": check_range("known_scale", known_scale, least=0.05, most=20),
         }
+        try:
+            self.variety = PhotoVariety(**(variety or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"variety.{str(error).rpartition('__init__() ')[2]}") from error
         self.synthesis_size = whole_number("synthesis_size", synthesis_size, least=_LEAST_CROP)
         counts = {"train": train_examples, "val": val_examples, "test": test_examples}
         self.num_examples = {
@@ -249,6 +267,7 @@ class WatermarkData(SystemData):
             synthesis=self.synthesis,
             seed=self.seeds[stage],
             **self.scales,
+            variety=self.variety,
             reader=PhotoReader(**self.reading),
             synthesis_size=self.synthesis_size,
         )

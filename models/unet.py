@@ -223,7 +223,7 @@ class UNet(System):
         flips: bool = False,
         dilate: int = 0,
         min_area: int = 0,
-        hysteresis: float = 0.5,
+        hysteresis: float = 0.8,
         region: Sequence[int] | None = None,
         precision: str = "auto",
         outputs: Sequence[str] = ("mask", "probability", "overlay", "regions"),
