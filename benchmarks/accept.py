@@ -66,7 +66,7 @@ def plain_numbers(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    systems = sorted(file.stem for file in (HERE / "protocols").glob("*.yaml"))
+    systems = sorted(file.stem.removeprefix("accept_") for file in HERE.glob("accept_*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accept", description=__doc__.splitlines()[0])
     parser.add_argument("system", choices=systems)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the protocol's manifest")

@@ -30,6 +30,7 @@ class Monitor(pl.Callback):
     * `data_wait_share`, 0 to 1: the time between two batches, less what validation takes. The one in which a
       checkpoint is saved is left out, and so is the time before the first batch.
     * `step_s`: seconds of a batch, waiting for it excluded. `batch_size`: examples per batch and process.
+    * `cpu_s`, with each validation: CPU seconds of all processes and their descendants so far, resumed runs included.
     * `cpu_load`, 0 to 1: share of the cores that this process and its descendants used, validation included.
     * `host_mem_mb`: MiB resident in them; `gpu_mem_mb`, `gpu_mem_reserved_mb`, `gpu_mem_share`, on a GPU.
 
@@ -91,6 +92,10 @@ class Monitor(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validation_started = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":  # beside what was reached, what it has cost
+            pl_module.log("cpu_s", self.summary()["cpu_s"], sync_dist=True, reduce_fx="sum", batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._batch_ended is not None:

@@ -6,7 +6,9 @@ Lightning 2.6.6 does not, in these places (found by saving in every hook and com
 * saved at the end of an epoch with `max_steps` set: the next epoch is taken for the one after it, in another order;
 * saved in a validation: the validation is left out;
 * any resume: plateau schedules do not step at the end of the resumed epoch, and the metrics they read are gone;
-* saved at the end of training that early stopping ended: training goes on.
+* saved at the end of training that early stopping ended: training goes on;
+* saved after layers were replaced: an optimiser's state goes by position, and where a parameter came into a group later
+  than the others, or into another than it would come now, it is another one's.
 
 So a checkpoint also says at which place it was written, and before Lightning reads its loop counters back, they are
 put into the form from which it does the right thing. The counters: `ready`, `started`, `processed`, `completed` of the
@@ -25,6 +27,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from callbacks.metrics_csv import MetricsCsv
+from modules.optimizer_state import arrange, names_in_groups
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class ExactResume(pl.Callback):
         self._place: str | None = None  # None: no hook was called yet
         self._resumed: dict[str, Any] | None = None
         self._restored: list[str] = []  # metrics of the validation before the checkpoint
+        self._groups: list[list[list[str]]] = []  # names of the parameters of each optimiser in the checkpoint
 
     # Where are we
 
@@ -57,7 +61,7 @@ class ExactResume(pl.Callback):
         # iterating over the old one.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
         if stage == "fit":
-            self._place, self._resumed, self._restored = None, None, []
+            self._place, self._resumed, self._restored, self._groups = None, None, [], []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._place = _EPOCH_START
@@ -103,6 +107,7 @@ class ExactResume(pl.Callback):
             "epoch_complete": _epoch_complete(trainer),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "row": _row_to_come(trainer) if self._place == _STEP else {},
+            "parameters": [names_in_groups(o, dict(pl_module.named_parameters())) for o in trainer.optimizers],
         }
 
     def on_load_checkpoint(
@@ -121,12 +126,15 @@ class ExactResume(pl.Callback):
                 # Disks may differ, and what follows is decided by all processes together.
                 state.update(trainer.strategy.broadcast(dict(state)))
         if (state := states.get(self.state_key)) is not None:
+            self._groups = state.get("parameters", [])
             self._resumed = {"step": checkpoint["global_step"], "should_stop": False, "row": {}, **state}
             checkpoint["loops"] = dict(checkpoint["loops"], fit_loop=_corrected(checkpoint, state))
 
     # Continuing
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=False):
+            arrange(optimizer, dict(pl_module.named_parameters()), groups)  # before Lightning restores their states
         # Here, since a run with nothing left to train comes no further, and its summary shows these metrics.
         step = 0
         if (state := self._resumed) is not None:

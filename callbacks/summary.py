@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from callbacks.graceful import GracefulStop
-from callbacks.monitor import Monitor
 from callbacks.window import Window
 
 _COST = ("steps", "wall_s", "cpu_s", "peak_mem_mb", *Window().means())
@@ -23,9 +22,10 @@ class Summary(pl.Callback):
     """Writes `<run directory>/summary.json` when training ends, however it ends, and again after a test.
 
     Keys: `metrics` (the last logged value of each `train_*` and `val_*`, and `test_*` after a test),
-    `best_checkpoint` (relative to the run directory), `bad_files` (how many could not be used), what `Monitor.summary`
-    returns (steps, wall_s, cpu_s, examples_per_s, …), `versions`, and `status`: completed, stopped (by a signal) or
-    failed. A value that is not known, or not finite, is null. A test alone adds its metrics to a summary that is there.
+    `best_checkpoint` (relative to the run directory), `bad_files` (how many could not be used), `versions`, `status`:
+    completed, stopped (by a signal) or failed, and what the `summary()` of each callback that has one returns: of
+    `Monitor` steps, wall_s, cpu_s, examples_per_s, … A value that is not known, or not finite, is null. A test alone
+    adds its metrics to a summary that is there.
     """
 
     def __init__(self) -> None:
@@ -67,8 +67,8 @@ class Summary(pl.Callback):
     def _content(self, trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
         cost: dict[str, Any] = dict.fromkeys(_COST)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Monitor):
-                cost |= callback.summary()
+            if (summary := getattr(callback, "summary", None)) is not None:
+                cost |= summary()
         return {
             "status": self._status,
             "metrics": {},

@@ -72,6 +72,7 @@ class Run:
             content = read_checkpoint(self.resume)
             self._saved_config: dict[str, Any] = content.get("config") or {}
             self._saved_shapes = checkpoint.shapes(content["state_dict"])
+            self._saved_structure = content.get("structure") or []
             self._resumed_step = int(content["global_step"])
             self._forced = checkpoint.take_over(self._saved_config, config)
         trainer_section, problems = foreign.supplied(config["trainer"])
@@ -137,6 +138,8 @@ class Run:
     def system(self) -> System:
         """The system, with weights from `model.restore_from` or `init_from` if that is given."""
         system = self._system.build()
+        if self.resume is not None:
+            checkpoint.restructure(system, self._saved_structure, self.resume)
         if self.resume is not None and checkpoint.shapes(system.state_dict()) != self._saved_shapes:
             checkpoint.refuse_other_network(self.resume, self._saved_config, self.config, system)
         restored, self._restored = self._restored, None  # its weights are not kept for the whole run
@@ -167,7 +170,7 @@ class Run:
             callbacks=list(callbacks.values()),
             logger=loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
-            plugins=[checkpoint.RunCheckpointIO(record, exp_manager.archive_writer(self.config, system))],
+            plugins=[checkpoint.RunCheckpointIO(record, exp_manager.archive_writer(self.config, system), system)],
             use_distributed_sampler=False,  # our samplers shard; Lightning's would shuffle
         )
 

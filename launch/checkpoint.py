@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Lightning's launcher hands the weights of processes that it started by spawn or fork to their parent in such a file.
 _BETWEEN_PROCESSES = ".temp.ckpt"
 # Of all systems, beside their own `of_training`: beginnings of keys that have no say in what the weights are.
-_OF_TRAINING = ("optim", "loss.", "scores", "restore_from", *DATASETS)
+_OF_TRAINING = ("optim", "compile", "loss.", "scores", "restore_from", *DATASETS)
 # What _report_change does not tell: the data section's copy of the model's, and a file that a resume does not read.
 _TOLD_ELSEWHERE = ("model.restore_from", *(f"data.{name}." for name in DATASETS))
 
@@ -34,18 +34,25 @@ class RunCheckpointIO(TorchCheckpointIO):
 
     *record*: keys of format 1 that belong to the run, not to the system: config, overrides, versions, git.
     *save_archive*: writes the weights in another format; called with `<name>.nemo` for each best checkpoint. The
-    archive goes when its checkpoint does.
+    archive goes when its checkpoint does. *system*: takes the layers of what another process has trained.
     """
 
-    def __init__(self, record: dict[str, Any], save_archive: Callable[[Path], None] | None = None) -> None:
+    def __init__(
+        self,
+        record: dict[str, Any],
+        save_archive: Callable[[Path], None] | None = None,
+        system: System | None = None,
+    ) -> None:
         super().__init__()
         self.record = record
         self.save_archive = save_archive
+        self.system = system
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        if path.name == _BETWEEN_PROCESSES:
-            return super().save_checkpoint(checkpoint, path)
+        if path.name == _BETWEEN_PROCESSES:  # Lightning gives the weights alone, and would load what fits of them
+            structure = self.system.structure if self.system else []
+            return super().save_checkpoint({"state_dict": checkpoint, "structure": structure}, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
         with beside.open("wb") as file:
@@ -61,8 +68,12 @@ class RunCheckpointIO(TorchCheckpointIO):
         Path(path).with_suffix(".nemo").unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        read = read_plain if Path(path).name == _BETWEEN_PROCESSES else read_checkpoint
-        return read(path, map_location=map_location or "cpu")
+        if Path(path).name != _BETWEEN_PROCESSES:
+            return read_checkpoint(path, map_location=map_location or "cpu")
+        content = read_plain(path, map_location=map_location or "cpu")
+        if self.system:
+            self.system.restructure(content["structure"])
+        return content["state_dict"]
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -223,6 +234,14 @@ def _report_change(key: str, old: Any, new: Any, forced: dict[str, Any], directo
     else:
         hint = "" if name.startswith("sched.") else f"; resume_override=[optim.{name}] forces it"
         log.warning("%s=%s is NOT taking effect: the checkpoint's %s goes on%s", key, new, old, hint)
+
+
+def restructure(system: System, structure: list[dict[str, Any]], path: Path) -> None:
+    """Give a system the layers that the checkpoint *path* was written with. Raises CheckpointError if it cannot."""
+    try:
+        system.restructure(structure)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def shapes(state: dict[str, Any]) -> dict[str, torch.Size]:

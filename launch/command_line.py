@@ -297,7 +297,7 @@ def _unknown(override: Override, have: set[str]) -> list[str]:
 def _no_such_key(key: str, override: Override, have: set[str], groups: set[str], loader: ConfigLoader) -> str:
     group, _, rest = key.partition(".")
     option = rest.partition(".")[0]
-    if group == "callbacks" and option in loader.get_group_options(group):
+    if group == "callbacks" and option in loader.get_group_options(group) and f"{group}.{option}" not in have:
         return f"{override.input_line}: {group}.{option} is not chosen here; add callbacks=[default,{option}]"
     near = _nearest(key, have | groups)
     hint = f"Did you mean {', '.join(near)}?" if near else f"(a new key is added with +{override.input_line})"

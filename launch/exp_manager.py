@@ -6,11 +6,14 @@ the configuration itself.
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.ema import EMA
 from launch.command_line import CONFIG_DIR, keys
 from launch.errors import ConfigError
 from models.base import System
@@ -42,7 +45,14 @@ def problems(config: dict[str, Any], system: type[System] | None) -> list[str]:
 
 def archive_writer(config: dict[str, Any], system: System) -> Callable[[Path], None] | None:
     """What writes a `.nemo` archive beside each of the best checkpoints; None: nothing does."""
-    return system.save_to if _saves_archives(config) else None  # type: ignore[return-value]
+    return partial(_save_archive, system) if _saves_archives(config) else None
+
+
+def _save_archive(system: System, path: Path) -> None:
+    """Of the weights that the checkpoint beside it holds."""
+    averages = [callback for callback in system.trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+    with averages[0].weights_in(system) if averages else nullcontext():
+        system.save_to(path)  # type: ignore[operator]
 
 
 def _saves_archives(config: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ which says in `step` what one batch costs. Everything else here has a default. T
 every checkpoint (`save_hyperparameters`), so `models.load` rebuilds a system without any configuration.
 """
 
+import inspect
 import math
 import re
 from abc import ABC, abstractmethod
@@ -17,12 +18,15 @@ from torchmetrics import Metric
 
 from models.global_loss import CountedGradient, CountedMeans
 from models.optim import build_optimizer, build_schedule, check_optim, parameter_groups
+from modules import low_rank
+from modules.compilation import MODES, compile_in_training
 
 
 class System(pl.LightningModule, ABC):
     """One trainable system.
 
-    *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py.
+    *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py. *compile*: false, or torch.compile's mode for the
+    `compiled_parts`, see modules/compilation.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
     (`audio`, `image` or `array`; of outputs also `records`, a list of dicts). `sample_rate` is set where signals are
@@ -42,18 +46,26 @@ class System(pl.LightningModule, ABC):
     """Constructor arguments that evaluate.py may change, because they change no result of the network."""
     of_training: ClassVar[tuple[str, ...]] = ()
     """Beginnings of keys (`encoder.dropout`) that neither the weights' shapes nor their meaning depend on."""
+    compiled_parts: ClassVar[tuple[str, ...]] = ("network",)
+    """The modules that `compile` compiles; of a list each for itself."""
+    compiled_shapes_vary: ClassVar[bool] = False
+    """Whether hardly two training batches have inputs of one shape."""
     sample_rate: int | None = None
     loss_reduce: str = "global"
     """Over what a loss with a `loss_count` is the mean: `global`, all that a step of the optimiser sees, on all
     processes; `local`, each micro-batch of each process, and the step takes the mean of these means."""
 
-    def __init__(self, *, optim: dict[str, Any] | None = None) -> None:
+    def __init__(self, *, optim: dict[str, Any] | None = None, compile: bool | str = False) -> None:
         super().__init__()
-        self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames
+        self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames ...
+        for name in self.hparams.keys() - inspect.signature(type(self)).parameters.keys():
+            del self.hparams[name]  # ... and takes this constructor's own too
         self.optim = dict(optim or {})
         check_optim(self.optim)
+        if compile is not False and compile not in MODES:
+            raise ValueError(f"model.compile must be one of false, {', '.join(MODES)}, got {compile!r}")
+        self.compile_mode = compile
         self.optim_param_groups: dict[str, dict[str, Any]] = {}  # child -> optimiser values of its own
-        self.structure: list[dict[str, Any]] = []  # changes to the module tree since construction, in order
         self._metrics: dict[str, Metric] = {}
         self._means: dict[str, CountedMeans] = {}
         self._loss_count: Tensor | None = None  # of the batch whose backward is next
@@ -170,6 +182,15 @@ class System(pl.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._log_stage("test")
 
+    def on_train_start(self) -> None:
+        self.recompile()
+
+    def recompile(self) -> None:
+        """Compile the parts, also after a change to their layers; nothing where `compile` is false."""
+        if self.compile_mode is not False:
+            parts = [self.get_submodule(name) for name in self.compiled_parts]
+            compile_in_training(parts, self.compile_mode, dynamic=self.compiled_shapes_vary or None)
+
     def on_train_epoch_end(self) -> None:
         # Each process logs the loss of its own batches; what checkpoints compare has to be one number.
         if self.trainer.world_size > 1 and (loss := self.trainer.callback_metrics.get("train_loss")) is not None:
@@ -224,7 +245,30 @@ class System(pl.LightningModule, ABC):
             "name": f"{type(self).__module__}.{type(self).__qualname__}",
             "arguments": dict(self.hparams),
         }
-        checkpoint["structure"] = list(self.structure)
+        checkpoint["structure"] = self.structure
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The weights are loaded next: a resume from either side of a switch, or a test of the best checkpoint.
+        self.restructure(checkpoint.get("structure") or [])
+
+    @property
+    def structure(self) -> list[dict[str, Any]]:
+        """In what the module tree differs from the one that was constructed; plain values, for checkpoints."""
+        return [{"change": "low_rank", "ranks": ranks}] if (ranks := low_rank.ranks(self)) else []
+
+    def restructure(self, structure: list[dict[str, Any]]) -> None:
+        """Give the module tree a checkpoint's `structure`; weights of layers that change are to be loaded next.
+
+        Raises ValueError for what this system cannot become.
+        """
+        ranks: dict[str, int] = {}
+        for change in structure if isinstance(structure, list) else [structure]:
+            if not isinstance(change, dict) or change.get("change") != "low_rank":
+                raise ValueError(f"its layers were changed in a way this version does not know: {change!r:.100}")
+            if not isinstance(change.get("ranks"), dict):
+                raise ValueError("its structure holds no ranks of layers")
+            ranks |= change["ranks"]
+        low_rank.restructure(self, ranks)
 
     def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
         """The state dict in what a file of another implementation holds, in this system's names.
@@ -246,6 +290,7 @@ class System(pl.LightningModule, ABC):
         (other shape) names.
         """
         own = self.state_dict()
+        state = low_rank.dense_state(state, own)
         chosen = {
             name: tensor
             for name, tensor in state.items()

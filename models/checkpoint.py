@@ -7,7 +7,8 @@ Keys of format 1 beside Lightning's own (`state_dict`, `optimizer_states`, `loop
 
 * `format_version`: 1
 * `system`: `{name: "models.conv_tasnet.ConvTasNet", arguments: {…}}`
-* `structure`: changes of the module tree, in order; empty for a system as constructed
+* `structure`: changes of the module tree, `[{change: low_rank, ranks: {layer: rank}}]`; empty for a system as
+  constructed
 * `config`: the resolved configuration of the run · `overrides`: what was typed · `plan`: plan.json
 * `versions`: of Python and the packages · `git`: the commit, where there is one
 """
@@ -145,10 +146,9 @@ def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[s
     described = content.get("system")
     if content.get("format_version") is None or not isinstance(described, dict):
         raise CheckpointError(f"{path}: not written by this framework (no format_version); init_from reads weights")
-    if content.get("structure"):
-        raise CheckpointError(f"{path}: its layers were changed during training in a way this version cannot rebuild")
     try:
         system = find_class(described["name"], System, packages)(**described["arguments"])
+        system.restructure(content.get("structure") or [])
         system.load_state_dict(content["state_dict"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error

@@ -55,11 +55,12 @@ class ConvTasNet(System):
         causal: bool = False,
         padding: str = "centered",
         encoder_activation: str = "linear",
+        compile: bool | str = False,
         optim: dict[str, Any] | None = None,
     ) -> None:
         if causal and norm == "global":
             raise ValueError("causal: true needs norm: cumulative or per_frame; global looks at the whole recording")
-        super().__init__(optim=optim)
+        super().__init__(optim=optim, compile=compile)
         self.sample_rate = sample_rate
         self.level_db = level_db
         self.network = Network(

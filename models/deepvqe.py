@@ -84,9 +84,10 @@ class DeepVQE(System):
         align: dict[str, Any] | None = None,
         loss: dict[str, Any] | None = None,
         scores: list[str] | tuple[str, ...] = (),
+        compile: bool | str = False,
         optim: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(optim=optim)
+        super().__init__(optim=optim, compile=compile)
         if stft not in STFTS:
             raise ValueError(f"model.stft={stft}: no such preset; choose from {', '.join(STFTS)}")
         preset_rate, n_fft, hop_samples = STFTS[stft]

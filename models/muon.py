@@ -74,7 +74,8 @@ class Muon(Optimizer):
             for matrices in (True, False)
         ]
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        # Empty ones too: what a checkpoint holds goes by position, and layers of rank 1 have no matrices.
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -18,6 +18,7 @@ from models.base import System
 from models.nemo import write_nemo
 from models.nest_sections import after_subsampling, build_part, complete_sections
 from models.optim import parameter_groups
+from modules import low_rank
 from modules.block_masking import RandomBlockMasking
 from modules.conformer import ConformerEncoder
 from modules.masked_subsampling import MaskedSubsampling
@@ -70,6 +71,7 @@ class NEST(System):
         encoder: see `ConformerEncoder`. decoder: see `MultiSoftmaxDecoder`.
         loss: `combine_time_steps`, `mask_threshold`, and `reduce`: `global` is the mean over the masked frames of all
             processes and micro-batches of a step, `local` the mean of their means.
+        compile: see `System`; the encoder's layers.
         optim, optim_param_groups: see models/optim.py.
 
     Raises:
@@ -78,6 +80,8 @@ class NEST(System):
 
     inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
     not_exportable = "the encoder is not exported yet"
+    compiled_parts = ("encoder.layers",)
+    compiled_shapes_vary = True
     of_training = (
         *(f"masking.{key}" for key in ("block_size", "mask_prob", "allow_overlap", "freeze")),
         *(
@@ -107,10 +111,11 @@ class NEST(System):
         encoder: dict[str, Any] | None = None,
         decoder: dict[str, Any] | None = None,
         loss: dict[str, Any] | None = None,
+        compile: bool | str = False,
         optim: dict[str, Any] | None = None,
         optim_param_groups: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(optim=optim)
+        super().__init__(optim=optim, compile=compile)
         if mask_position not in ("pre_conv", "post_conv"):
             raise ValueError(f"mask_position must be pre_conv or post_conv, got {mask_position!r}")
         if not isinstance(nemo_compat, bool):
@@ -259,14 +264,15 @@ class NEST(System):
         checkpoint["num_empty_batches"] = int(self._num_empty_batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self._num_empty_batches = torch.tensor(checkpoint.get("num_empty_batches", 0))
 
     def example_input(self) -> dict[str, Tensor]:
         return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
 
     def save_to(self, path: str | Path) -> None:
-        """Write a `.nemo` archive that NeMo restores."""
-        write_nemo(path, self.nemo_config(), self.state_dict())
+        """Write a `.nemo` archive that NeMo restores: factors of layers that switched to low rank are multiplied."""
+        write_nemo(path, self.nemo_config(), low_rank.dense_weights(self))
 
     def nemo_config(self) -> dict[str, Any]:
         """The `model:` section by which NeMo builds this network."""

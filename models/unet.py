@@ -84,9 +84,10 @@ class UNet(System):
         normalization: str = "imagenet",
         channels_last: bool = True,
         loss: dict[str, Any] | None = None,
+        compile: bool | str = False,
         optim: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(optim=optim)
+        super().__init__(optim=optim, compile=compile)
         choices(normalization=(normalization, _NORMALIZATIONS))
         switches(channels_last=channels_last)
         self.normalization = normalization

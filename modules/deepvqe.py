@@ -55,11 +55,13 @@ class CausalConv(nn.Conv2d):
     Shape: (B, in_channels, T, F) -> (B, out_channels, T, ceil(F / frequency_stride)).
     """
 
+    front_padding = (0, 0, 3, 0)  # modules/low_rank.py reads it too
+
     def __init__(self, in_channels: int, out_channels: int, *, frequency_stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, (4, 3), stride=(1, frequency_stride), padding=(0, 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(F.pad(input, (0, 0, 3, 0)))
+        return super().forward(F.pad(input, self.front_padding))
 
 
 class ResidualBlock(nn.Module):

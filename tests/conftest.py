@@ -28,7 +28,7 @@ from tests.golden_suite.suite import summary as golden_summary
 
 RATE = 8000
 # Columns of metrics.csv that no two runs share, be they ever so alike.
-OF_THE_MACHINE = {"examples_per_s", "data_wait_share", "step_s", "cpu_load", "host_mem_mb"}
+OF_THE_MACHINE = {"examples_per_s", "data_wait_share", "step_s", "cpu_load", "host_mem_mb", "cpu_s"}
 # A network of a few hundred weights: what is tested is the framework around it.
 TINY = [
     "model.num_filters=16",
