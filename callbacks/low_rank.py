@@ -214,8 +214,8 @@ class LowRank(pl.Callback):
                 parameter.grad = None  # views into the old buckets
             trainer.strategy.model = trainer.strategy.lightning_module
             trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
-        if hasattr(system, "recompile"):
-            system.recompile()
+        if (recompile := getattr(system, "recompile", None)) is not None:
+            recompile()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if (follow := getattr(callback, "layers_replaced", None)) is not None:
                 follow(trainer, system, replaced)
