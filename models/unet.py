@@ -26,7 +26,7 @@ from modules.adaptive_batch import AdaptiveBatch
 from modules.autocast import inference_autocast
 from modules.checks import choices, numbers, switches, whole_numbers
 from modules.regions import dilate as widen
-from modules.regions import regions, remove_small, remove_uncertain
+from modules.regions import regions, remove_doubtful
 from modules.smp_encoder import SmpNetwork
 from modules.tiling import predict_in_tiles
 from modules.unet import UNet as Network
@@ -269,8 +269,9 @@ class UNet(System):
         probability, inside = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:], dtype=torch.bool)
         probability[rows, columns] = logits[0].float().cpu().sigmoid()
         inside[rows, columns] = True
-        mask = remove_small((probability >= limit) & inside, min_area)
-        mask = remove_uncertain(mask, probability, self._certain(limit, hysteresis))
+        mask, certain = (probability >= limit) & inside, self._certain(limit, hysteresis)
+        if min_area > 1 or certain > limit:
+            mask = remove_doubtful(mask, probability, min_area=min_area, least=certain)
         results: dict[str, Any] = {"probability": probability, "mask": widen(mask, dilate) & inside}
         if "regions" in outputs:
             results["regions"] = regions(mask, probability)

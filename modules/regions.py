@@ -47,27 +47,20 @@ def regions(mask: Tensor, probability: Tensor) -> list[dict[str, Any]]:
     return sorted(found, key=lambda region: (region["bbox"][1], region["bbox"][0]))
 
 
-def remove_small(mask: Tensor, min_area: int) -> Tensor:
-    """The mask without components of fewer than *min_area* pixels. Shape: (H, W) bool -> same."""
-    if min_area <= 1:
-        return mask.cpu()
-    labels = _label(mask)
-    large = np.bincount(labels.ravel()) >= min_area
-    large[0] = False
-    return torch.from_numpy(large[labels])
+def remove_doubtful(mask: Tensor, probability: Tensor, *, min_area: int, least: float) -> Tensor:
+    """The mask without components of fewer than *min_area* pixels, or whose probability is below *least* everywhere.
 
-
-def remove_uncertain(mask: Tensor, probability: Tensor, least: float) -> Tensor:
-    """The mask without components whose probability is below *least* everywhere: thresholding with hysteresis.
-
-    Source: Canny, "A Computational Approach to Edge Detection", IEEE TPAMI 8(6), 1986, section VI.
+    The latter is thresholding with hysteresis: Canny, "A Computational Approach to Edge Detection", IEEE TPAMI 8(6),
+    1986, section VI. With a *least* that all pixels of the mask reach no component goes by it.
     Shape: mask (H, W) bool, probability (H, W) -> (H, W) bool.
     """
     labels = _label(mask)
-    certain = np.zeros(labels.max() + 1, dtype=bool)
-    certain[labels[(probability >= least).cpu().numpy()]] = True
-    certain[0] = False
-    return torch.from_numpy(certain[labels])
+    areas = np.bincount(labels.ravel())
+    kept = np.zeros(len(areas), dtype=bool)
+    kept[labels[(probability >= least).cpu().numpy()]] = True
+    kept &= areas >= min_area
+    kept[0] = False
+    return torch.from_numpy(kept[labels])
 
 
 def _label(mask: Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import binary_dilation
 
-from modules.regions import decode, dilate, regions, remove_small, remove_uncertain
+from modules.regions import decode, dilate, regions, remove_doubtful
 
 
 def draw(*size: int, boxes: list[tuple[int, int, int, int]]) -> torch.Tensor:
@@ -80,14 +80,14 @@ def test_the_mean_is_that_of_the_pixels_not_of_the_box():
 def test_an_empty_mask_has_no_regions():
     empty = torch.zeros(8, 9, dtype=torch.bool)
     assert regions(empty, empty.float()) == []
-    assert torch.equal(remove_small(empty, 5), empty)
+    assert torch.equal(remove_doubtful(empty, empty.float(), min_area=5, least=0.5), empty)
     assert torch.equal(dilate(empty, 5), empty)
 
 
 @pytest.mark.parametrize("min_area", [0, 1, 2, 4, 5, 1000])
 def test_small_components_are_removed_and_the_others_untouched(min_area):
     mask = random_mask(60, 50, 0.2)
-    kept = remove_small(mask, min_area)
+    kept = remove_doubtful(mask, mask.float(), min_area=min_area, least=0.5)
     assert kept.dtype == torch.bool
     expected = [region for region in regions(mask, mask.float()) if region["area"] >= min_area]
     assert regions(kept, mask.float()) == expected
@@ -125,7 +125,13 @@ def test_components_stay_whole_where_they_are_certain_somewhere():
     probability = 0.5 * mask.float()
     probability[4, 7] = 0.9
     probability[0, 0] = 1.0  # outside
-    assert torch.equal(remove_uncertain(mask, probability, 0.9), draw(12, 20, boxes=[(1, 1, 5, 2), (6, 3, 2, 2)]))
-    assert torch.equal(remove_uncertain(mask, probability, 0.5), mask)
-    assert not remove_uncertain(mask, probability, 0.95).any()
-    assert not remove_uncertain(torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4), 0.5).any()
+
+    def kept(least: float, min_area: int = 1) -> torch.Tensor:
+        return remove_doubtful(mask, probability, min_area=min_area, least=least)
+
+    assert torch.equal(kept(0.9), draw(12, 20, boxes=[(1, 1, 5, 2), (6, 3, 2, 2)]))
+    assert torch.equal(kept(0.5), mask)
+    assert torch.equal(kept(0.5, min_area=15), draw(12, 20, boxes=[(12, 6, 4, 4)]))
+    assert not kept(0.95).any() and not kept(0.9, min_area=15).any()
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    assert not remove_doubtful(nothing, torch.ones(3, 4), min_area=1, least=0.5).any()
