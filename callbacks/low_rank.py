@@ -25,6 +25,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
+from callbacks.graceful import GracefulStop
 from callbacks.low_rank_report import LowRankReport
 from callbacks.low_rank_watch import LowRankWatch, stable_ranks
 from callbacks.plan import Plan
@@ -235,7 +236,8 @@ class LowRank(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._report.follow_up(trainer)
-        if not self._stage:
+        stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if not self._stage and not stopped:  # by a signal: it goes on, and has no time for all these spectra
             observed = f", {len(self._watch.history)} observations" if self.switch_epoch == "auto" else ""
             log.warning(
                 "training ended before layers switched to low rank (epoch %d%s)", trainer.current_epoch, observed
