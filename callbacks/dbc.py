@@ -14,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from callbacks import powersgd
@@ -140,18 +141,18 @@ class DBC(pl.Callback):
     def _refuse(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         if not system.automatic_optimization or len(trainer.optimizers) != 1:
             own = "" if system.automatic_optimization else " and steps by itself"
-            raise ValueError(
+            raise MisconfigurationException(
                 f"callbacks.dbc needs one optimiser and automatic optimisation: {type(system).__name__} has"
                 f" {len(trainer.optimizers)}{own}; leave dbc out"
             )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ValueError(
+            raise MisconfigurationException(
                 f"callbacks.dbc needs whole gradients, which {type(trainer.strategy).__name__} does not keep;"
                 " choose trainer.strategy=auto or ddp, or leave it out"
             )
         scaled = str(trainer.precision) == "16-mixed" and trainer.optimizers[0].defaults.get("fused")
         if scaled and self.options["residual"] == "ef" and self.method is not None:
-            raise ValueError(
+            raise MisconfigurationException(
                 "callbacks.dbc.residual=ef: a fused optimiser in 16-mixed gets gradients whose loss scale changes;"
                 " choose damp, or model.optim.fused=false"
             )

@@ -71,6 +71,7 @@ class LowRank(pl.Callback):
         threshold: int = 0,
         min_elements: int = 0,
         min_energy: float = 0.5,
+        min_ratio: float = 0.1,
         min_speedup: float = 1.2,
         moments: str = "project",
         lr_factor: float = 1.0,
@@ -103,6 +104,7 @@ class LowRank(pl.Callback):
             threshold=threshold,
             min_elements=min_elements,
             min_energy=0.0 if fresh else min_energy,
+            min_ratio=min_ratio,
         )
         self.min_speedup = min_speedup
         self.moments = moments

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 
 class Plan(pl.Callback):
@@ -23,11 +24,11 @@ class Plan(pl.Callback):
 
     @staticmethod
     def of(trainer: pl.Trainer) -> "Plan":
-        """The run's plan. Raises ValueError when the run has none."""
+        """The run's plan. Raises MisconfigurationException when the run has none."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Plan):
                 return callback
-        raise ValueError("callbacks.plan is needed by another callback: leave it on")
+        raise MisconfigurationException("callbacks.plan is needed by another callback: leave it on")
 
     def decide(self, trainer: pl.Trainer, name: str, measure: Callable[[], Any]) -> Any:
         """The decision of this name; rank 0 takes it with `measure()` when there is none yet, all ranks get it."""

@@ -39,7 +39,9 @@ class Rules:
     the layer's name. *include*, *exclude*: regular expressions searched in names; none included: all are. *threshold*:
     least outputs and inputs of a matrix. *min_elements*: least entries. *min_energy*: what a rank must keep of the
     squared singular values, or the spectrum is too flat; one of `energy` must also be clearly below that of noise. 0:
-    flat spectra are not refused.
+    flat spectra are not refused. *min_ratio*: least share of the full rank that `energy` and `stable_rank` give: one
+    direction may hold nearly all of a weight's energy, and still not all that it is for (an output layer begins with
+    how frequent its classes are).
     """
 
     rank_by: str = "energy"
@@ -51,12 +53,13 @@ class Rules:
     threshold: int = 0
     min_elements: int = 0
     min_energy: float = 0.5
+    min_ratio: float = 0.1
 
     def __post_init__(self) -> None:
         choices(rank_by=(self.rank_by, RANK_BY))
         ratios = {f"ratios[{pattern}]": ratio for pattern, ratio in self.ratios.items()}
         shares = {"energy": self.energy, "ratio": self.ratio, **ratios}
-        numbers(least=0, most=1, min_energy=self.min_energy, **shares)
+        numbers(least=0, most=1, min_energy=self.min_energy, min_ratio=self.min_ratio, **shares)
         for name, value in shares.items():
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -162,6 +165,8 @@ def _choose(
     else:
         fresh_one = fresh.get(name) or own_stable_rank  # not known, or of a weight that began as zero
         wanted = min(full, math.ceil(own_stable_rank * full / fresh_one))
+    if rules.rank_by != "ratio":
+        wanted = max(wanted, math.ceil(rules.min_ratio * full))
     kept = captured_energy(s, wanted)
     worth = min(break_even_rank(weight.shape), max_ranks.get(name, full))
     rank, reason = wanted, ""

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from callbacks import dbc
@@ -163,7 +164,7 @@ def test_how_often_is_decided_once_and_kept(
 
 
 def test_auto_needs_the_plan(tmp_path: Path, tiny: Any) -> None:
-    with pytest.raises(ValueError, match="callbacks.plan is needed"):
+    with pytest.raises(MisconfigurationException, match="callbacks.plan is needed"):
         fit(tmp_path, tiny, [DBC(min_elements=1)])
 
 
@@ -279,7 +280,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, tiny: Any) -> None:
             return [torch.optim.SGD(self.a.parameters()), torch.optim.SGD(self.b.parameters())]
 
     with pytest.raises(
-        ValueError, match="needs one optimiser and automatic optimisation: Two has 2 and steps by itself"
+        MisconfigurationException, match="needs one optimiser and automatic optimisation: Two has 2 and steps by itself"
     ):
         fit(tmp_path, tiny, [DBC(**SMALL)], Two())
 
@@ -290,7 +291,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, tiny: Any) -> None:
     def scaled() -> dict[str, Any]:
         return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
 
-    with pytest.raises(ValueError, match="residual=ef: a fused optimiser in 16-mixed"):
+    with pytest.raises(MisconfigurationException, match="residual=ef: a fused optimiser in 16-mixed"):
         fit(tmp_path, tiny, [DBC(**SMALL, residual="ef")], Fused(), **scaled())
     fit(tmp_path, tiny, [DBC(**SMALL, residual="damp")], Fused(), **scaled())
     fit(tmp_path, tiny, [DBC(**SMALL, residual="ef")], Net(), **scaled())
@@ -300,13 +301,11 @@ def test_what_cannot_work_is_refused(tmp_path: Path, tiny: Any) -> None:
 
 
 class Agree(pl.Callback):
-    """Stands behind DBC: are the gradients the same numbers on both?"""
-
-    def __init__(self) -> None:
-        self.compared = 0
+    """Stands behind DBC: are gradients, and the parameters after all steps before, the same numbers on both?"""
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        own = torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None])
+        held = [p for p in pl_module.parameters() if p.grad is not None]
+        own = torch.cat([part.detach().flatten() for p in held for part in (p, p.grad) if part is not None])
         both = [torch.empty_like(own) for _ in range(2)]
         torch.distributed.all_gather(both, own)
         pl_module.log("differing", (both[0] != both[1]).sum().float())
@@ -331,6 +330,24 @@ def test_two_processes_have_the_same_gradients(tmp_path: Path, tiny: Any, option
     trainer.fit(Apart(), datamodule=tiny.Data(validation=False))
     assert float(trainer.callback_metrics["differing"]) == 0
     assert float(trainer.callback_metrics["rank_of_b"]) == rank
+
+
+class Halves(Net):
+    """A batch of four rows, of which each of two processes has two."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        rows = torch.randn(4, 2, generator=torch.Generator().manual_seed(self.global_step))
+        hidden = torch.tanh(self.a(rows[self.global_rank :: self.trainer.world_size]))
+        return (self.b(hidden) + self.c(hidden.view(-1, 2, 6)).flatten(1)).square().mean()
+
+
+@pytest.mark.parametrize("options", [{"method": "warm", "residual": "ef"}, {"method": "rsvd", "residual": "damp"}])
+def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, tiny: Any, options: dict[str, Any]) -> None:
+    one = fit(tmp_path / "one", tiny, [DBC(**SMALL, **options)], Halves(), max_epochs=2)
+    two = fit(tmp_path / "two", tiny, [DBC(**SMALL, **options)], Halves(), max_epochs=2, devices=2, strategy="ddp_fork")
+    for (name, weight), other, fresh in zip(one.named_parameters(), two.parameters(), Net().parameters(), strict=True):
+        assert not torch.equal(weight, fresh), name
+        torch.testing.assert_close(other, weight, rtol=1e-5, atol=1e-6)
 
 
 def test_powersgd_alone_is_said(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -83,7 +84,7 @@ def test_a_decision_is_taken_once_and_survives_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_needed_by_who_decides(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="callbacks.plan is needed"):
+    with pytest.raises(MisconfigurationException, match="callbacks.plan is needed"):
         trainer(tmp_path, Decides(1)).fit(Line())
 
 

@@ -65,6 +65,22 @@ def test_noise_under_a_signal_is_no_reason_to_stay_dense() -> None:
     assert choice.rank == choice.wanted and 3 <= choice.rank <= 16
 
 
+def test_one_direction_is_not_enough() -> None:
+    """An output layer whose bias-like direction outweighs all others keeps some of these, unless told otherwise."""
+    layer = random(128, 60)
+    with torch.no_grad():
+        layer.weight += 100 * torch.outer(torch.randn(128), torch.randn(60))
+    for rank_by in ("energy", "stable_rank"):
+        chosen = {
+            share: choose_ranks(
+                model_of(a=layer), Rules(rank_by=rank_by, min_ratio=share), fresh_stable_ranks={"a": 50.0}
+            )["a"].rank
+            for share in (0.0, 0.1, 0.25)
+        }
+        assert chosen[0.0] <= 2 and (chosen[0.1], chosen[0.25]) == (6, 15), rank_by
+    assert choose_ranks(model_of(a=layer), Rules(rank_by="ratio", ratio=0.05))["a"].rank == 3
+
+
 def test_flat_spectra_are_not_refused_when_that_is_said() -> None:
     choice = choose_ranks(model_of(a=random(64, 64)), Rules(energy=0.5, min_energy=0.0))["a"]
     assert choice.rank is not None
@@ -214,6 +230,7 @@ def test_described_on_one_line() -> None:
         ({"exclude": (3,)}, "3 is no regular expression"),
         ({"threshold": -1}, "threshold must be a number of at least 0, got -1"),
         ({"min_elements": None}, "min_elements must be a number"),
+        ({"min_ratio": -0.1}, "min_ratio must be a number from 0 to 1, got -0.1"),
         ({"min_energy": 2}, "min_energy must be a number from 0 to 1, got 2"),
     ],
 )
