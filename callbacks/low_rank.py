@@ -44,8 +44,9 @@ class LowRank(pl.Callback):
 
     When, the first that is set: *start* 0: before the first step. *schedule*: pairs of an epoch and a ratio, at whose
     starts the ratio becomes that. *switch_step*: after so many optimiser steps. *switch_epoch*: at the start of that
-    epoch, or `auto`: once the stable ranks of *window* observations have a relative slope of at most *slope*; they are
-    observed at the start of every epoch, or every *watch_every_n_steps* optimiser steps.
+    epoch, or `auto`: once the stable ranks of *window* observations have a relative slope of at most *slope*, and a
+    layer has a rank that pays; they are observed at the start of every epoch, or every *watch_every_n_steps* optimiser
+    steps.
 
     *min_speedup*: a layer stays dense where its rank was not measured to be that many times as fast; 0: not measured.
     *moments*: of the optimiser; `project` carries them over, `reset` begins anew. *lr_factor*: by which the learning
@@ -178,17 +179,25 @@ class LowRank(pl.Callback):
             return replace(self.rules, ratio=self.schedule[passed - 1][1]) if passed > self._stage else None
         if self.switch_step is not None:
             return self.rules if step >= self.switch_step else None
-        if self.switch_epoch == "auto":
+        if self._may_wait():
             return self.rules if self._watch.at_rest(trainer, candidates(system, self.rules)) else None
         return self.rules if self.switch_epoch is not None and epoch >= int(self.switch_epoch) else None
+
+    def _may_wait(self) -> bool:
+        """No switch was asked for at a certain time: `auto`."""
+        timed = self.start == 0 or self.schedule or self.switch_step is not None
+        return not timed and self.switch_epoch == "auto"
 
     # The switch
 
     def _switch(self, trainer: pl.Trainer, system: pl.LightningModule, batch: Any, rules: Rules) -> None:
-        self._stage = sum(begins <= trainer.current_epoch for begins, _ in self.schedule) if self.schedule else 1
-        before = trial_step(trainer, system, batch, {})
         chosen = self._choose(trainer, system, rules)
         wanted = {name: choice.rank for name, choice in chosen.items() if choice.rank}
+        if not wanted and self._may_wait():
+            log.info("no layer may switch to low rank yet, the nearest: %s", nearest_to_switching(chosen))
+            return
+        self._stage = sum(begins <= trainer.current_epoch for begins, _ in self.schedule) if self.schedule else 1
+        before = trial_step(trainer, system, batch, {})
         self._report.begin(trainer, system, chosen, flops=before.flops)
         if wanted:
             share = trainer.strategy.broadcast if trainer.world_size > 1 else None
@@ -240,7 +249,7 @@ class LowRank(pl.Callback):
         self._report.follow_up(trainer)
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)  # type: ignore[attr-defined]
         if not self._stage and not stopped:  # by a signal: it goes on, and has no time for all these spectra
-            observed = f", {len(self._watch.history)} observations" if self.switch_epoch == "auto" else ""
+            observed = f", {len(self._watch.history)} observations" if self._may_wait() else ""
             log.warning(
                 "training ended before layers switched to low rank (epoch %d%s)", trainer.current_epoch, observed
             )
@@ -268,6 +277,15 @@ class LowRank(pl.Callback):
         self._fresh = dict(state_dict["fresh"])
         self._watch.load_state_dict(state_dict["watch"])
         self._report.load_state_dict(state_dict["report"])
+
+
+def nearest_to_switching(chosen: dict[str, Choice]) -> str:
+    """Of layers that stay dense for now the one whose rank has least to fall, on one line."""
+    possible = {name: choice for name, choice in chosen.items() if choice.wanted and choice.max_rank}
+    if not possible:
+        return "none, no rank of any layer pays"
+    name = min(possible, key=lambda name: possible[name].wanted / possible[name].max_rank)  # type: ignore[operator]
+    return f"{name}: {possible[name].described()}"
 
 
 def scale_learning_rate(trainer: pl.Trainer, factor: float) -> None:

@@ -8,6 +8,8 @@ then the last checkpoint is evaluated and predicted with (of the eight cases tha
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +291,40 @@ def test_a_switch_in_training(
     if case["system"] in inputs:
         done = script("predict", [f"ckpt_path={last}", *inputs[case["system"]], "output=predicted"])
         assert done.code == 0 and any(Path("predicted").iterdir()), done.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SETTINGS["system"])
+def test_a_switched_checkpoint_in_a_fresh_process(
+    system: str, script: Callable, data_of: dict[str, list[str]], recordings: Path, photos: Path, in_tmp: Path
+) -> None:
+    """Evaluates as here, predicts, and exports, where the system does these at all."""
+    case = {name: values[0] for name, values in SETTINGS.items()} | {"system": system, "ema": True}
+    done = script("train", typed(case, data_of[system]))
+    assert done.code == 0, done.text
+    last = Path("runs") / system / "whole" / "checkpoints" / "last.ckpt"
+    assert load(last)["structure"]
+
+    def fresh(name: str, *arguments: str) -> None:
+        command = [sys.executable, str(Path(train.__file__).with_name(f"{name}.py")), f"ckpt_path={last}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    assert script("evaluate", [f"ckpt_path={last}", "output=here.json"]).code == 0
+    fresh("evaluate", "output=there.json")
+    here, there = (json.loads(Path(f"{place}.json").read_text())["metrics"] for place in ("here", "there"))
+    assert here and difference(here, there) is None
+    inputs = {
+        "conv_tasnet": [f"input={recordings / 'mics'}"],
+        "deepvqe": [f"input={recordings / 'mics'}", f"far={recordings / 'loopback'}"],
+        "unet": [f"input={photos / 'images'}"],
+    }
+    if system in inputs:
+        fresh("predict", *inputs[system], "output=predicted")
+        assert any(Path("predicted").iterdir())
+    if not models.load(last).not_exportable:
+        fresh("export", "output=x.onnx")
+        assert Path("x.onnx").stat().st_size > 0
 
 
 def test_the_best_of_before_the_switch_is_tested_after_it(

@@ -1,0 +1,69 @@
+"""When `switch_epoch: auto` switches: once the spectra have come to rest, and there is something to gain."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from callbacks.low_rank import LowRank
+from modules.low_rank import LowRankLayer
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+
+
+class Sorted(pl.LightningModule):
+    """A random weight that never learns; at one step it becomes one of rank 3 all the same."""
+
+    def __init__(self, *, at_step: int) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(32, 48), nn.Linear(48, 24)
+        self.at_step = at_step
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.other(self.layer(batch["x"].repeat(1, 16))).square().mean()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.global_step == self.at_step:
+            with torch.no_grad():
+                self.layer.weight.copy_(torch.randn(48, 3) @ torch.randn(3, 32))
+        return self.step(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_waits_until_a_layer_has_a_rank_that_pays(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    system, callback = Sorted(at_step=5), LowRank(window=2, watch_every_n_steps=1, min_speedup=0.0)
+    with caplog.at_level(logging.INFO, "low_rank"):
+        tiny.make_trainer(tmp_path, [callback], max_epochs=4).fit(system, datamodule=tiny.Data(validation=False))
+    waited = [text for text in caplog.messages if text.startswith("no layer may switch to low rank yet")]
+    assert len(waited) == 5, "at rest before the steps 1 to 5"
+    assert "the nearest: layer: dense: its spectrum is as flat as that of noise" in waited[0]
+    # Before step 6 the spectrum has just moved; before step 7 it is at rest, as another one.
+    assert [switch["step"] for switch in callback.summary()["low_rank"]] == [7]
+    assert isinstance(system.layer, LowRankLayer) and system.layer.rank in (2, 3, 4)
+    assert type(system.other) is nn.Linear and "other: dense: its spectrum is as flat" in caplog.text
+
+
+def test_a_training_in_which_none_is_ready_says_why_of_each(
+    tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    system, callback = Sorted(at_step=-1), LowRank(window=2, min_speedup=0.0, include=["layer"])
+    with caplog.at_level(logging.INFO, "low_rank"):
+        tiny.make_trainer(tmp_path, [callback], max_epochs=3).fit(system, datamodule=tiny.Data(validation=False))
+    assert "training ended before layers switched to low rank (epoch 3, 2 observations)" in caplog.text
+    assert "  layer: dense: its spectrum is as flat as that of noise" in caplog.text
+    assert "  other: dense: not included" in caplog.text
+    assert callback.summary() == {"low_rank": []} and not isinstance(system.layer, LowRankLayer)
+
+
+def test_a_time_that_was_asked_for_does_not_wait(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    callback = LowRank(switch_step=2, min_speedup=0.0)
+    with caplog.at_level(logging.INFO, "low_rank"):
+        tiny.make_trainer(tmp_path, [callback]).fit(Sorted(at_step=4), datamodule=tiny.Data(validation=False))
+    assert caplog.text.count("no layer switches to low rank; the lines above say why of each") == 1
+    assert [switch["layers"] for switch in callback.summary()["low_rank"]] == [{}]
