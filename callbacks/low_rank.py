@@ -246,9 +246,10 @@ class LowRank(pl.Callback):
             self._report.follow_up(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._report.follow_up(trainer)
-        stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if not self._stage and not stopped:  # by a signal: it goes on, and has no time for all these spectra
+        if any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks):  # type: ignore[attr-defined]
+            return  # by a signal: it goes on, and has no time for all these spectra
+        self._report.close(trainer)
+        if not self._stage:
             observed = f", {len(self._watch.history)} observations" if self._may_wait() else ""
             log.warning(
                 "training ended before layers switched to low rank (epoch %d%s)", trainer.current_epoch, observed

@@ -10,6 +10,8 @@ from modules.rank_choice import Choice
 
 log = logging.getLogger("low_rank")
 
+_WHEN = ("before", "after")
+
 
 class LowRankReport:
     """Before and after each switch. `content`: a list of plain values, one dict for each.
@@ -59,13 +61,7 @@ class LowRankReport:
             switch["flops_before"],
             switch["flops_after"],
         )
-        values = {
-            "low_rank_layers": len(switch["layers"]),
-            "low_rank_parameters": switch["parameters_after"],
-            "low_rank_flops": switch["flops_after"],
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in values.items()}, step=trainer.global_step)
+        self._to_loggers(trainer, "parameters", "flops", step=trainer.global_step, layers=len(switch["layers"]))
 
     def follow_up(self, trainer: pl.Trainer) -> None:
         """At the end of a validation, and of training: what the last switch led to."""
@@ -75,12 +71,24 @@ class LowRankReport:
         switch["step_s_after"] = _metric(trainer, "step_s")
         if "metric_after" not in switch:
             switch["metric_after"] = _metric(trainer, switch["monitor"])
-            log.info(
-                "%s before the switch %s, after it %s",
-                switch["monitor"],
-                _written(switch["metric_before"]),
-                _written(switch["metric_after"]),
-            )
+            before, after = (_written(switch[f"metric_{when}"]) for when in _WHEN)
+            log.info("%s before the switch %s, after it %s", switch["monitor"], before, after)
+            self._to_loggers(trainer, "metric", step=trainer.global_step - 1)
+
+    def close(self, trainer: pl.Trainer) -> None:
+        """At the end of training."""
+        self.follow_up(trainer)
+        if self.content and self.content[-1].get("step_s_after") is not None:
+            before, after = (_written(self.content[-1][f"step_s_{when}"]) for when in _WHEN)
+            log.info("seconds of a step before the switch %s, after it %s", before, after)
+            self._to_loggers(trainer, "step_s", step=trainer.global_step - 1)
+
+    def _to_loggers(self, trainer: pl.Trainer, *names: str, step: int, **more: float) -> None:
+        """What is known of the last switch, as `low_rank_<name>_before` and `_after`."""
+        keys = [f"{name}_{when}" for name in names for when in _WHEN]
+        values = {key: value for key in keys if (value := self.content[-1].get(key)) is not None} | more
+        for logger in trainer.loggers:
+            logger.log_metrics({f"low_rank_{key}": float(value) for key, value in values.items()}, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"content": [dict(switch) for switch in self.content]}

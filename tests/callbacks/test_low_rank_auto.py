@@ -1,5 +1,6 @@
 """When `switch_epoch: auto` switches: once the spectra have come to rest, and there is something to gain."""
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from callbacks.low_rank import LowRank
+from callbacks.metrics_csv import MetricsCsv
 from modules.low_rank import LowRankLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
@@ -47,6 +49,36 @@ def test_waits_until_a_layer_has_a_rank_that_pays(tmp_path: Path, tiny: Any, cap
     assert [switch["step"] for switch in callback.summary()["low_rank"]] == [7]
     assert isinstance(system.layer, LowRankLayer) and system.layer.rank in (2, 3, 4)
     assert type(system.other) is nn.Linear and "other: dense: its spectrum is as flat" in caplog.text
+
+
+def test_what_a_switch_changed_is_logged(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Timed(Sorted):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            self.log("step_s", 0.25 if self.global_step < 4 else 0.125)
+            self.log("train_loss", 3.0 - self.global_step)
+            return super().training_step(batch, batch_idx)
+
+    callback = LowRank(switch_step=4, rank_by="ratio", ratio=0.25, min_speedup=0.0, min_energy=0.0)
+    trainer = tiny.make_trainer(tmp_path, [callback], logger=MetricsCsv(directory=tmp_path))
+    with caplog.at_level(logging.INFO, "low_rank"):
+        trainer.fit(Timed(at_step=-1), datamodule=tiny.Data(validation=False))
+    logged = {}
+    for row in csv.DictReader((tmp_path / "metrics.csv").open()):
+        logged |= {name: (int(row["step"]), float(value)) for name, value in row.items() if value and "rank" in name}
+    # Weights of (48, 32) at rank 8 and (24, 48) at rank 6; batches of two.
+    assert logged == {
+        "low_rank_layers": (4, 2.0),
+        "low_rank_parameters_before": (4, 48 * 32 + 24 * 48 + 72),
+        "low_rank_parameters_after": (4, 8 * (48 + 32) + 6 * (24 + 48) + 72),
+        "low_rank_flops_before": (4, 2 * 2 * (48 * 32 + 24 * 48)),
+        "low_rank_flops_after": (4, 2 * 2 * (8 * (48 + 32) + 6 * (24 + 48))),
+        "low_rank_metric_before": (5, 0.0),
+        "low_rank_metric_after": (5, -2.0),
+        "low_rank_step_s_before": (5, 0.25),
+        "low_rank_step_s_after": (5, 0.125),
+    }
+    assert "train_loss before the switch 0, after it -2" in caplog.text
+    assert "seconds of a step before the switch 0.25, after it 0.125" in caplog.text
 
 
 def test_a_training_in_which_none_is_ready_says_why_of_each(
