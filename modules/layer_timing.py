@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from modules.low_rank import blank, break_even_rank
 
-_ROUNDS = 5
-_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # of the full rank, tried from the largest on
+_ROUNDS = 5  # at least, and so many that short ones find a moment without a disturbance:
+_SECONDS = 0.02
+_PERCENT = (90, *range(80, 0, -5))  # of the full rank, tried from the largest on
 
 
 class Worth(NamedTuple):
@@ -77,15 +78,16 @@ def _measure(
     x = torch.empty_like(like, device=weight.device).fill_(0.5).requires_grad_(True)
     full = min(weight.flatten(1).shape)
     speedups: dict[int, float] = {}
-    for share in _SHARES:
-        rank = max(1, int(share * full))
+    for percent in _PERCENT:
+        rank = max(1, percent * full // 100)
         if rank in speedups or rank > break_even_rank(weight.shape):
             continue
         # Copies: no gradient is left behind on the network's parameters.
         dense, low = _filled(copy.deepcopy(layer)), _filled(blank(layer, rank))
         times: dict[nn.Module, list[float]] = {dense: [], low: []}
-        for _ in range(_ROUNDS + 1):  # in turn, so that a disturbance meets both; the first round is no measurement
-            for module, taken in times.items():
+        begun = time.perf_counter()
+        while len(times[low]) <= _ROUNDS or time.perf_counter() - begun < _SECONDS:
+            for module, taken in times.items():  # in turn; the first round is no measurement
                 taken.append(_seconds(module, x, context))
         speedups[rank] = round(min(times[dense][1:]) / min(times[low][1:]), 3)
         if speedups[rank] >= min_speedup:

@@ -22,6 +22,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return size * (1.5 if isinstance(module, LowRankLayer) else 1.0)
 
     monkeypatch.setattr(layer_timing, "_seconds", seconds)
+    monkeypatch.setattr(layer_timing, "_SECONDS", 0.0)  # as few rounds as possible: their number is compared
     return calls
 
 
@@ -35,11 +36,11 @@ def inputs_of(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Tensor]:
 def test_the_largest_rank_that_is_faster_by_enough(timed: list[nn.Module]) -> None:
     layers = {"a": nn.Linear(40, 40)}
     inputs = inputs_of(layers, torch.randn(3, 40))
-    for least, expected in [(1.0, 12), (1.1, 12), (1.2, 8), (1.6, 8), (3.0, 4), (7.0, 0), (6.0, 2)]:
+    for least, expected in [(1.0, 12), (1.1, 12), (1.2, 10), (1.6, 8), (3.0, 4), (7.0, 0), (6.0, 2)]:
         found = fastest_ranks(layers, inputs, min_speedup=least)["a"]
         assert found.max_rank == expected  # 1600 weights; 1.5 * 80 * rank
         assert found.speedups == {
-            rank: round(1600 / (120 * rank), 3) for rank in (16, 12, 8, 4, 2) if rank >= (expected or 1)
+            rank: round(1600 / (120 * rank), 3) for rank in range(18, 0, -2) if rank >= (expected or 1)
         }
     assert 20 not in found.speedups  # as many weights as the dense layer: needs no clock
 
