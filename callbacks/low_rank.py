@@ -61,7 +61,7 @@ class LowRank(pl.Callback):
         switch_step: int | None = None,
         switch_epoch: int | str | None = "auto",
         window: int = 5,
-        slope: float = 0.01,
+        slope: float = 0.02,
         watch_every_n_steps: int | None = None,
         rank_by: str = "energy",
         energy: float = 0.9,
