@@ -44,9 +44,9 @@ class LowRank(pl.Callback):
 
     When, the first that is set: *start* 0: before the first step. *schedule*: pairs of an epoch and a ratio, at whose
     starts the ratio becomes that. *switch_step*: after so many optimiser steps. *switch_epoch*: at the start of that
-    epoch, or `auto`: once the stable ranks of *window* observations have a relative slope of at most *slope*, and a
-    layer has a rank that pays; they are observed at the start of every epoch, or every *watch_every_n_steps* optimiser
-    steps.
+    epoch, or `auto`: once the stable ranks of *window* observations have a relative slope of at most *slope*, those
+    layers that have a rank that pays, and others later, after *window* further observations at the earliest, when they
+    have one; observed at the start of every epoch, or every *watch_every_n_steps* optimiser steps.
 
     *min_speedup*: a layer stays dense where its rank was not measured to be that many times as fast; 0: not measured.
     *moments*: of the optimiser; `project` carries them over, `reset` begins anew. *lr_factor*: by which the learning
@@ -165,7 +165,7 @@ class LowRank(pl.Callback):
     # When
 
     def _all_behind(self) -> bool:
-        return self._stage >= (len(self.schedule) if self.schedule else 1)
+        return self._stage >= (len(self.schedule) if self.schedule else 1) and not self._may_wait()
 
     def _due(self, trainer: pl.Trainer, system: pl.LightningModule) -> Rules | None:
         """The rules of the switch that is due before this batch; None where none is."""
@@ -180,11 +180,12 @@ class LowRank(pl.Callback):
         if self.switch_step is not None:
             return self.rules if step >= self.switch_step else None
         if self._may_wait():
-            return self.rules if self._watch.at_rest(trainer, candidates(system, self.rules)) else None
+            layers = candidates(system, self.rules) if self._watch.due(trainer) else {}
+            return self.rules if layers and self._watch.at_rest(trainer, layers) else None
         return self.rules if self.switch_epoch is not None and epoch >= int(self.switch_epoch) else None
 
     def _may_wait(self) -> bool:
-        """No switch was asked for at a certain time: `auto`."""
+        """No switch was asked for at a certain time: `auto`, each layer when it is ready."""
         timed = self.start == 0 or self.schedule or self.switch_step is not None
         return not timed and self.switch_epoch == "auto"
 
@@ -197,6 +198,7 @@ class LowRank(pl.Callback):
             log.info("no layer may switch to low rank yet, the nearest: %s", nearest_to_switching(chosen))
             return
         self._stage = sum(begins <= trainer.current_epoch for begins, _ in self.schedule) if self.schedule else 1
+        first = not any(switch["layers"] for switch in self._report.content)
         before = trial_step(trainer, system, batch, {})
         self._report.begin(trainer, system, chosen, flops=before.flops)
         if wanted:
@@ -207,6 +209,9 @@ class LowRank(pl.Callback):
             if lost:
                 log.info("optimiser state that begins anew: %s", ", ".join(lost))
             self._follow(trainer, system, replaced)
+            self._watch.begin_anew()
+            if first and self.lr_factor != 1:
+                scale_learning_rate(trainer, self.lr_factor)
         self._report.end(trainer, system, flops=trial_step(trainer, system, batch, {}).flops)
         if not wanted:
             log.warning("no layer switches to low rank; the lines above say why of each")
@@ -233,8 +238,6 @@ class LowRank(pl.Callback):
                 follow(trainer, system, replaced)
         for callback in trainer.early_stopping_callbacks:
             callback.wait_count = 0  # the metric may fall back before it goes on
-        if self._stage == 1 and self.lr_factor != 1:
-            scale_learning_rate(trainer, self.lr_factor)
 
     def _shared(self, trainer: pl.Trainer, value: Any) -> Any:
         return trainer.strategy.broadcast(value, src=0)

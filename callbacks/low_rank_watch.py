@@ -24,13 +24,13 @@ class LowRankWatch:
         self.history: list[dict[str, float]] = []
         self._observed_at = -1
 
+    def due(self, trainer: pl.Trainer) -> bool:
+        """Whether it is time for an observation."""
+        return self._now(trainer) != self._observed_at
+
     def at_rest(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> bool:
-        """Observe *layers*, where an observation is due, and say what has come out; False where none is."""
-        every = self.every_n_steps
-        at = trainer.current_epoch if every is None else trainer.global_step // every
-        if at == self._observed_at:
-            return False
-        self._observed_at = at
+        """Observe *layers* and say what has come out."""
+        self._observed_at = self._now(trainer)
         self.history.append(trainer.strategy.broadcast(stable_ranks(layers), src=0))
         del self.history[: -self.window]
         if len(self.history) < self.window:
@@ -40,6 +40,13 @@ class LowRankWatch:
             logger.log_metrics({"low_rank_slope": found}, step=trainer.global_step)
         log.info("stable ranks move by %.2f %% per observation (switch at %.2f %%)", 100 * found, 100 * self.slope)
         return found <= self.slope
+
+    def begin_anew(self) -> None:
+        """Forget the observations: what has switched moves the others."""
+        self.history.clear()
+
+    def _now(self, trainer: pl.Trainer) -> int:
+        return trainer.current_epoch if self.every_n_steps is None else trainer.global_step // self.every_n_steps
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": [dict(observed) for observed in self.history], "observed_at": self._observed_at}

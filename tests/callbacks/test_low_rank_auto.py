@@ -23,7 +23,7 @@ class Sorted(pl.LightningModule):
     def __init__(self, *, at_step: int) -> None:
         super().__init__()
         self.layer, self.other = nn.Linear(32, 48), nn.Linear(48, 24)
-        self.at_step = at_step
+        self.at_step, self.lr = at_step, 0.0
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         return self.other(self.layer(batch["x"].repeat(1, 16))).square().mean()
@@ -35,7 +35,7 @@ class Sorted(pl.LightningModule):
         return self.step(batch)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 def test_waits_until_a_layer_has_a_rank_that_pays(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -43,12 +43,33 @@ def test_waits_until_a_layer_has_a_rank_that_pays(tmp_path: Path, tiny: Any, cap
     with caplog.at_level(logging.INFO, "low_rank"):
         tiny.make_trainer(tmp_path, [callback], max_epochs=4).fit(system, datamodule=tiny.Data(validation=False))
     waited = [text for text in caplog.messages if text.startswith("no layer may switch to low rank yet")]
-    assert len(waited) == 5, "at rest before the steps 1 to 5"
+    assert len(waited) == 8, "at rest before the steps 1 to 5; for the other layer once more, from 9 to 11"
     assert "the nearest: layer: dense: its spectrum is as flat as that of noise" in waited[0]
     # Before step 6 the spectrum has just moved; before step 7 it is at rest, as another one.
     assert [switch["step"] for switch in callback.summary()["low_rank"]] == [7]
     assert isinstance(system.layer, LowRankLayer) and system.layer.rank in (2, 3, 4)
     assert type(system.other) is nn.Linear and "other: dense: its spectrum is as flat" in caplog.text
+
+
+def test_layers_switch_each_when_it_is_ready(tmp_path: Path, tiny: Any) -> None:
+    class Both(Sorted):
+        """And the other, later."""
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if self.global_step == 6:
+                with torch.no_grad():
+                    self.other.weight.copy_(torch.randn(24, 3) @ torch.randn(3, 48))
+            return super().training_step(batch, batch_idx)
+
+    callback = LowRank(window=3, watch_every_n_steps=1, min_speedup=0.0, lr_factor=0.5)
+    system = Both(at_step=0)
+    system.lr = 1e-30
+    trainer = tiny.make_trainer(tmp_path, [callback], max_epochs=5)
+    trainer.fit(system, datamodule=tiny.Data(validation=False))
+    switches = [(switch["step"], list(switch["layers"])) for switch in callback.summary()["low_rank"]]
+    assert switches == [(3, ["layer"]), (9, ["other"])], "of equal ranks are the observations 1 to 3, and 7 to 9"
+    assert isinstance(system.layer, LowRankLayer) and isinstance(system.other, LowRankLayer)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 5e-31, "halved at the first alone"
 
 
 def test_what_a_switch_changed_is_logged(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
