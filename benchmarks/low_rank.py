@@ -174,7 +174,7 @@ def table(found: dict[str, dict[str, Any]], metric: str, *, within: float) -> st
 
 
 def verdict(name: str, row: dict[str, Any], goals: dict[str, float]) -> str:
-    """Whether the goal is reached, in words: the speed-up to within so much of the best of dense, no worse at the end."""
+    """Whether the goal is reached, in words: the speed-up to nearly dense's best, and no worse at the end."""
     speedup, gain, within = row["speedup_near"][0], row["gain"][0], goals["within"]
     reached = speedup >= goals["speedup"] and gain >= -within and row["all_reached_near"]
     return (
