@@ -7,7 +7,8 @@ with the epoch (`schedule`).
 When is a network ready? Weights begin as noise, with a flat spectrum that a low rank would mutilate; training gives
 them a spectrum that falls. `auto` waits until the stable ranks of the layers no longer move: the mean over the layers
 of the relative slope over the last observations is at most *slope* (Wang et al., "Cuttlefish: Low-Rank Model Training
-without All the Tuning", 2023; theirs is an absolute slope, which depends on the width).
+without All the Tuning", 2023; theirs is an absolute slope, which depends on the width). Layers whose rank does not pay
+by then are asked again.
 
 What depends on a clock (up to which rank a layer is faster by enough) is measured once, at the first batch, and kept in
 plan.json; all else follows from the weights, so a resumed run switches as the undisturbed one does. What a checkpoint
@@ -180,8 +181,8 @@ class LowRank(pl.Callback):
         if self.switch_step is not None:
             return self.rules if step >= self.switch_step else None
         if self._may_wait():
-            layers = candidates(system, self.rules) if self._watch.due(trainer) else {}
-            return self.rules if layers and self._watch.at_rest(trainer, layers) else None
+            due = self._watch.due(trainer)
+            return self.rules if due and self._watch.at_rest(trainer, candidates(system, self.rules)) else None
         return self.rules if self.switch_epoch is not None and epoch >= int(self.switch_epoch) else None
 
     def _may_wait(self) -> bool:

@@ -29,8 +29,10 @@ class LowRankWatch:
         return self._now(trainer) != self._observed_at
 
     def at_rest(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> bool:
-        """Observe *layers* and say what has come out."""
+        """Observe *layers* and say what has come out; False without any."""
         self._observed_at = self._now(trainer)
+        if not layers:
+            return False
         self.history.append(trainer.strategy.broadcast(stable_ranks(layers), src=0))
         del self.history[: -self.window]
         if len(self.history) < self.window:
