@@ -63,7 +63,7 @@ def test_differences_are_paired_and_help_needs_two_errors() -> None:
 
 def test_protocol_is_frozen() -> None:
     protocol = load_protocol("spikes")
-    assert protocol["seeds"] == [1, 2, 3, 4, 5] and protocol["cpu_minutes"] == 1
+    assert protocol["seeds"] == [1, 2, 3, 4, 5] and protocol["cpu_minutes"] == 2
     assert (protocol["window"], protocol["margin"], protocol["errors"]) == (30, 0.5, 2.0)
     assert list(protocol["contestants"]) == [NEITHER, "clipping", "dbc", "dbc and clipping"]
     assert protocol["rival"] in protocol["contestants"]
