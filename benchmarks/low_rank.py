@@ -188,10 +188,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.low_rank", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the protocol's manifest, or demo data")
     parser.add_argument("--work", type=Path, default=Path("runs/low_rank"), help="where runs and results go")
+    parser.add_argument("--size", choices=list(protocol["sizes"]), default="medium", help="of the network")
     parser.add_argument("--minutes", type=float, default=protocol["cpu_minutes"], help="CPU minutes of a training")
     parser.add_argument("--seeds", default=",".join(map(str, protocol["seeds"])), help="separated by commas")
     arguments = parser.parse_args(argv)
     protocol["cpu_minutes"] = arguments.minutes
+    protocol["recipe"] += protocol["sizes"][arguments.size]
     metric = protocol["metric"]
     contest = Contest(protocol, data=arguments.data, work=arguments.work, measure=lambda run: measured(run, metric))
     seeds = {int(seed): run_seed(contest, int(seed)) for seed in arguments.seeds.split(",")}
