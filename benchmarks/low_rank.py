@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default=",".join(map(str, protocol["seeds"])), help="separated by commas")
     arguments = parser.parse_args(argv)
     protocol["cpu_minutes"] = arguments.minutes
-    protocol["recipe"] += protocol["sizes"][arguments.size]
+    protocol["recipe"] = [*protocol["recipe"], *protocol["sizes"][arguments.size]]
     metric = protocol["metric"]
     contest = Contest(protocol, data=arguments.data, work=arguments.work, measure=lambda run: measured(run, metric))
     seeds = {int(seed): run_seed(contest, int(seed)) for seed in arguments.seeds.split(",")}

@@ -171,6 +171,21 @@ def test_protocol_is_frozen() -> None:
     assert next(iter(protocol["contestants"])) == DENSE and SMALL not in protocol["contestants"]
 
 
+def test_a_size_adds_to_the_recipe(corpus: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {}
+
+    def one_seed(made: Contest, seed: int) -> dict[str, Any]:
+        recipes[seed] = made.protocol["recipe"]
+        return {DENSE: row(LINE)}
+
+    monkeypatch.setattr(low_rank, "run_seed", one_seed)
+    for seed, size in ((1, "medium"), (2, "wide")):
+        assert low_rank.main(["--data", str(corpus), "--work", "w", "--seeds", str(seed), "--size", size]) == 0
+    protocol = load_protocol("low_rank")
+    assert recipes[1] == protocol["recipe"] and recipes[2] == protocol["recipe"] + protocol["sizes"]["wide"]
+    assert protocol["sizes"]["medium"] == [] and protocol["sizes"]["wide"]
+
+
 @pytest.mark.slow
 def test_a_small_run_of_all_contestants(corpus: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, reported, and not trained again."""
@@ -178,6 +193,7 @@ def test_a_small_run_of_all_contestants(corpus: Path, in_tmp: Path, monkeypatch:
     switch += ["callbacks.low_rank.min_energy=0"]
     auto = ["callbacks.low_rank.watch_every_n_steps=2", "callbacks.low_rank.window=2", "callbacks.low_rank.slope=9"]
     protocol = load_protocol("low_rank") | {
+        "sizes": {"medium": []},
         "recipe": ["model=conv_tasnet", *TINY, "trainer.max_steps=10", "trainer.val_check_interval=2"]
         + ["trainer.accumulate_grad_batches=1"],
         "contestants": {
