@@ -5,6 +5,7 @@ added to a file of JSON lines as soon as it has ended. A second call takes what 
 interrupted goes on at its checkpoint. Costs are CPU time of the process tree, start-up and validation included.
 """
 
+import argparse
 import csv
 import hashlib
 import json
@@ -38,6 +39,15 @@ class Point(NamedTuple):
 
 def load_protocol(name: str) -> dict[str, Any]:
     return yaml.safe_load((HERE / "protocols" / f"{name}.yaml").read_text())
+
+
+def parser(name: str, purpose: str, protocol: dict[str, Any]) -> argparse.ArgumentParser:
+    """The command line of the benchmark `name`, with what every contest is asked."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=purpose.splitlines()[0])
+    made.add_argument("--data", type=Path, required=True, help="folder of the protocol's manifest, or demo data")
+    made.add_argument("--work", type=Path, default=Path("runs") / name, help="where runs and results go")
+    made.add_argument("--seeds", default=",".join(map(str, protocol["seeds"])), help="separated by commas")
+    return made
 
 
 class Contest:

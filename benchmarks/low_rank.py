@@ -8,7 +8,6 @@ used so far, in which switching, its decomposition and its measurements are cont
 * metric at equal CPU time, minus dense's.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -26,6 +25,7 @@ from benchmarks.contest import (
     curve,
     load_protocol,
     markdown,
+    parser,
     points_of,
     running_best,
     size_of,
@@ -185,13 +185,10 @@ def verdict(name: str, row: dict[str, Any], goals: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     protocol = load_protocol("low_rank")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.low_rank", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the protocol's manifest, or demo data")
-    parser.add_argument("--work", type=Path, default=Path("runs/low_rank"), help="where runs and results go")
-    parser.add_argument("--size", choices=list(protocol["sizes"]), default="medium", help="of the network")
-    parser.add_argument("--minutes", type=float, default=protocol["cpu_minutes"], help="CPU minutes of a training")
-    parser.add_argument("--seeds", default=",".join(map(str, protocol["seeds"])), help="separated by commas")
-    arguments = parser.parse_args(argv)
+    asked = parser("low_rank", __doc__, protocol)
+    asked.add_argument("--size", choices=list(protocol["sizes"]), default="medium", help="of the network")
+    asked.add_argument("--minutes", type=float, default=protocol["cpu_minutes"], help="CPU minutes of a training")
+    arguments = asked.parse_args(argv)
     protocol["cpu_minutes"] = arguments.minutes
     protocol["recipe"] = [*protocol["recipe"], *protocol["sizes"][arguments.size]]
     metric = protocol["metric"]

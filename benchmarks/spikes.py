@@ -6,7 +6,6 @@ against neither, and both together, over the same steps and seeds. Two measures,
 * the validation metric at the end.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.accept import mean_and_error
-from benchmarks.contest import Contest, Row, curve, load_protocol, logged, markdown, write_result
+from benchmarks.contest import Contest, Row, curve, load_protocol, logged, markdown, parser, write_result
 
 NEITHER = "neither"
 
@@ -91,11 +90,7 @@ def verdict(found: dict[str, dict[str, Any]], name: str, rival: str, errors: flo
 
 def main(argv: list[str] | None = None) -> int:
     protocol = load_protocol("spikes")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.spikes", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the protocol's manifest, or demo data")
-    parser.add_argument("--work", type=Path, default=Path("runs/spikes"), help="where runs and results go")
-    parser.add_argument("--seeds", default=",".join(map(str, protocol["seeds"])), help="separated by commas")
-    arguments = parser.parse_args(argv)
+    arguments = parser("spikes", __doc__, protocol).parse_args(argv)
     contest = Contest(protocol, data=arguments.data, work=arguments.work, measure=lambda run: measured(run, protocol))
     contestants = protocol["contestants"].items()
     seeds = {

@@ -57,8 +57,8 @@ class DBC(pl.Callback):
     Logs `dbc_energy`, the mean over the matrices of the share of ‖G‖² that their low-rank part holds; `dbc_error`, the
     relative error of that part over all matrices together; `dbc_share`, the share of the time of training steps.
 
-    Raises ValueError for values that cannot be used, several optimisers, manual optimisation, and strategies that
-    shard parameters.
+    Raises ValueError for values that cannot be used; when training begins, MisconfigurationException for several
+    optimisers, manual optimisation, and strategies that shard parameters.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from callbacks.graceful import GracefulStop
 from callbacks.low_rank_report import LowRankReport
 from callbacks.low_rank_watch import LowRankWatch, stable_ranks
-from callbacks.plan import Plan
+from callbacks.plan import Plan, by_the_first
 from callbacks.trial_step import trial_step
 from modules.checks import choices, numbers, whole_numbers
 from modules.layer_switch import switch_layers
@@ -96,6 +96,8 @@ class LowRank(pl.Callback):
         self.switch_epoch = switch_epoch
         # Fresh weights have no spectrum to judge by.
         fresh = 0 in (start, switch_epoch, switch_step) or any(epoch == 0 for epoch, _ in self.schedule)
+        timed = start == 0 or self.schedule or switch_step is not None
+        self._auto = not timed and switch_epoch == "auto"  # each layer when it is ready
         self.rules = Rules(
             rank_by="ratio" if self.schedule or start == 0 else rank_by,
             energy=energy,
@@ -148,7 +150,7 @@ class LowRank(pl.Callback):
         self._begun = True
         layers = candidates(system, self.rules)
         if trainer.global_step == 0 and self.rules.rank_by == "stable_rank":
-            self._fresh = self._shared(trainer, stable_ranks(layers))
+            self._fresh = by_the_first(trainer, lambda: stable_ranks(layers))
         if not self.min_speedup or self._all_behind() or "low_rank" in Plan.of(trainer).decisions:
             return
         inputs = trial_step(trainer, system, batch, layers).inputs  # outside of what the first process does alone
@@ -166,7 +168,7 @@ class LowRank(pl.Callback):
     # When
 
     def _all_behind(self) -> bool:
-        return self._stage >= (len(self.schedule) if self.schedule else 1) and not self._may_wait()
+        return self._stage >= (len(self.schedule) if self.schedule else 1) and not self._auto
 
     def _due(self, trainer: pl.Trainer, system: pl.LightningModule) -> Rules | None:
         """The rules of the switch that is due before this batch; None where none is."""
@@ -180,22 +182,17 @@ class LowRank(pl.Callback):
             return replace(self.rules, ratio=self.schedule[passed - 1][1]) if passed > self._stage else None
         if self.switch_step is not None:
             return self.rules if step >= self.switch_step else None
-        if self._may_wait():
+        if self._auto:
             due = self._watch.due(trainer)
             return self.rules if due and self._watch.at_rest(trainer, candidates(system, self.rules)) else None
         return self.rules if self.switch_epoch is not None and epoch >= int(self.switch_epoch) else None
-
-    def _may_wait(self) -> bool:
-        """No switch was asked for at a certain time: `auto`, each layer when it is ready."""
-        timed = self.start == 0 or self.schedule or self.switch_step is not None
-        return not timed and self.switch_epoch == "auto"
 
     # The switch
 
     def _switch(self, trainer: pl.Trainer, system: pl.LightningModule, batch: Any, rules: Rules) -> None:
         chosen = self._choose(trainer, system, rules)
         wanted = {name: choice.rank for name, choice in chosen.items() if choice.rank}
-        if not wanted and self._may_wait():
+        if not wanted and self._auto:
             log.info("no layer may switch to low rank yet, the nearest: %s", nearest_to_switching(chosen))
             return
         self._stage = sum(begins <= trainer.current_epoch for begins, _ in self.schedule) if self.schedule else 1
@@ -218,12 +215,14 @@ class LowRank(pl.Callback):
             log.warning("no layer switches to low rank; the lines above say why of each")
 
     def _choose(self, trainer: pl.Trainer, system: pl.LightningModule, rules: Rules) -> dict[str, Choice]:
-        """By the first process, for all."""
         plan = Plan.of(trainer).decisions.get("low_rank", {}) if self.min_speedup else {}
-        chosen = choose_ranks(system, rules, max_ranks=plan.get("max_ranks"), fresh_stable_ranks=self._fresh)
-        if self.schedule:  # what has switched before takes the next ratio of its full rank
-            chosen |= choose_smaller_ranks(system, rules)
-        return self._shared(trainer, chosen)
+
+        def choose() -> dict[str, Choice]:
+            chosen = choose_ranks(system, rules, max_ranks=plan.get("max_ranks"), fresh_stable_ranks=self._fresh)
+            # With a schedule, what has switched before takes the next ratio of its full rank.
+            return chosen | choose_smaller_ranks(system, rules) if self.schedule else chosen
+
+        return by_the_first(trainer, choose)
 
     def _follow(self, trainer: pl.Trainer, system: pl.LightningModule, replaced: Any) -> None:
         """All that holds parameters or layers, or has judged by them."""
@@ -240,9 +239,6 @@ class LowRank(pl.Callback):
         for callback in trainer.early_stopping_callbacks:
             callback.wait_count = 0  # the metric may fall back before it goes on
 
-    def _shared(self, trainer: pl.Trainer, value: Any) -> Any:
-        return trainer.strategy.broadcast(value, src=0)
-
     # Afterwards
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -254,7 +250,7 @@ class LowRank(pl.Callback):
             return  # by a signal: it goes on, and has no time for all these spectra
         self._report.close(trainer)
         if not self._stage:
-            observed = f", {len(self._watch.history)} observations" if self._may_wait() else ""
+            observed = f", {len(self._watch.history)} observations" if self._auto else ""
             log.warning(
                 "training ended before layers switched to low rank (epoch %d%s)", trainer.current_epoch, observed
             )

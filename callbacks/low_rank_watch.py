@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from callbacks.plan import by_the_first
 from modules.spectrum import singular_values_of, stable_rank
 
 log = logging.getLogger("low_rank")
@@ -33,7 +34,7 @@ class LowRankWatch:
         self._observed_at = self._now(trainer)
         if not layers:
             return False
-        self.history.append(trainer.strategy.broadcast(stable_ranks(layers), src=0))
+        self.history.append(by_the_first(trainer, lambda: stable_ranks(layers)))
         del self.history[: -self.window]
         if len(self.history) < self.window:
             return False

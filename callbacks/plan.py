@@ -13,6 +13,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 
+def by_the_first(trainer: pl.Trainer, compute: Callable[[], Any]) -> Any:
+    """What rank 0 computes, for all ranks; the others only wait, and leave it the cores that they share."""
+    return trainer.strategy.broadcast(compute() if trainer.is_global_zero else None, src=0)
+
+
 class Plan(pl.Callback):
     """Holds the decisions of a run: name -> plain value.
 
@@ -33,8 +38,7 @@ class Plan(pl.Callback):
     def decide(self, trainer: pl.Trainer, name: str, measure: Callable[[], Any]) -> Any:
         """The decision of this name; rank 0 takes it with `measure()` when there is none yet, all ranks get it."""
         if name not in self.decisions:
-            value = measure() if trainer.is_global_zero else None
-            self.decisions[name] = trainer.strategy.broadcast(value, src=0)
+            self.decisions[name] = by_the_first(trainer, measure)
             self._write(trainer)
         return self.decisions[name]
 
