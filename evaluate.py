@@ -1,5 +1,10 @@
 """Score a checkpoint: python evaluate.py ckpt_path=runs/… data.test_manifest=…"""
 
+if __name__ == "__main__":  # first of all: a signal may come while the rest is imported
+    from launch import stop_signals
+
+    stop_signals.install()
+
 import hydra
 from omegaconf import DictConfig
 

@@ -1,5 +1,10 @@
 """Export a checkpoint: python export.py ckpt_path=runs/… output=model.onnx"""
 
+if __name__ == "__main__":  # first of all: a signal may come while the rest is imported
+    from launch import stop_signals
+
+    stop_signals.install()
+
 import hydra
 from omegaconf import DictConfig
 

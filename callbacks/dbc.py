@@ -8,7 +8,7 @@ Every process computes the same: random sketches depend on the seed, the step an
 
 import logging
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -61,6 +61,8 @@ class DBC(pl.Callback):
     optimisers, manual optimisation, and strategies that shard parameters.
     """
 
+    refuses_strategy: ClassVar[dict[str, str]] = {"fsdp": "it compresses whole gradients, which no process has"}
+
     def __init__(
         self,
         *,
@@ -110,6 +112,7 @@ class DBC(pl.Callback):
         self.every, self.max_share, self.min_elements, self.seed = every, max_share, min_elements, seed
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
         self.comm, self.powersgd = comm, {"rank": powersgd_rank, "start_step": powersgd_start_step}
+        self._powersgd: Any = None  # its state
         self._trainer: pl.Trainer | None = None
         self._every: int | None = None if every == "auto" else int(every)  # None: still measuring
         self._stacks: list[Stack] | None = None
@@ -134,7 +137,7 @@ class DBC(pl.Callback):
                 plan = Plan.of(trainer)
                 self._every = plan.decisions.get("dbc_every")
         if self.comm is not None:
-            powersgd.register(trainer, **self.powersgd)
+            self._powersgd = powersgd.register(trainer, **self.powersgd)
             if trainer.ckpt_path is not None:
                 log.info("dbc: the state of powersgd is not in checkpoints, it begins anew: this resume is not exact")
 
@@ -273,7 +276,12 @@ class DBC(pl.Callback):
                 del store[name]
         self._stacks = None
         if self.comm is not None:
-            powersgd.register(trainer, **self.powersgd)
+            self._powersgd = powersgd.register(trainer, **self.powersgd)
+
+    def step_left_out(self) -> None:
+        """By callbacks/not_finite.py. What is remembered here of finite gradients stays."""
+        if self._powersgd is not None:
+            powersgd.forget(self._powersgd)
 
     def summary(self) -> dict[str, Any]:
         """For summary.json: means over the steps with a compression, of this run and the ones it resumes."""

@@ -12,7 +12,7 @@ Decisions that are not obvious
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -42,6 +42,8 @@ class EMA(pl.Callback):
     Raises ValueError for values out of range.
     """
 
+    refuses_strategy: ClassVar[dict[str, str]] = {"fsdp": "it averages whole weights, which no process has"}
+
     def __init__(
         self,
         *,
@@ -66,6 +68,7 @@ class EMA(pl.Callback):
         self._average: dict[str, Tensor] = {}  # empty: not begun
         self._live: dict[str, Tensor] = {}  # while the system holds the average: what it held before
         self._seen_step = 0
+        self._left_out = False
 
     # The average
 
@@ -83,10 +86,17 @@ class EMA(pl.Callback):
         if trainer.global_step == self._seen_step:  # gradients are being accumulated
             return
         self._seen_step = trainer.global_step
+        left_out, self._left_out = self._left_out, False
         if not self._average:
             self._begin_if_due(pl_module)
+        elif left_out:
+            return
         elif (self._seen_step - self.start_step) % self.every_n_steps == 0:
             self._update(pl_module)
+
+    def step_left_out(self) -> None:
+        """By callbacks/not_finite.py: the weights are still those of the step before, which has been counted."""
+        self._left_out = True
 
     def _begin_if_due(self, system: nn.Module) -> None:
         if not self._average and self._seen_step >= self.start_step:

@@ -27,6 +27,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
+from callbacks.saving import save
+
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 _ECHO_S = 1.0
 
@@ -60,6 +62,8 @@ class GracefulStop(pl.Callback):
     # Signals
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Called by Lightning right before the loops; its handlers would replace ours, and in a test the caller's.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if stage != "fit":
             return
         self.signum, self.stopped, self._saved, self._cut_validation = 0, False, False, False
@@ -69,8 +73,6 @@ class GracefulStop(pl.Callback):
             return  # Python installs handlers in the main thread only
         for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
             self._previous.setdefault(number, signal.signal(number, self._note))
-        # Called by Lightning right before the loops; its handlers would replace ours.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
@@ -194,11 +196,11 @@ class GracefulStop(pl.Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path)
+        saved = save(trainer, path, may_stop=False)
         if trainer.is_global_zero:
             name = signal.Signals(self.signum).name
-            shown = path.relative_to(trainer.default_root_dir)
-            print(f"{name}: saved {shown} at step {trainer.global_step}", flush=True)
+            what = f"saved {path.relative_to(trainer.default_root_dir)}" if saved else "nothing could be saved"
+            print(f"{name}: {what} at step {trainer.global_step}", flush=True)
 
 
 def _run_last(callback: pl.Callback, trainer: pl.Trainer) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
+from callbacks.saving import save
+
 
 class LastCheckpoint(Checkpoint):
     """Saves every *every_n_steps* optimiser steps, after each validation and at the end of training."""
@@ -57,7 +59,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == 0 or trainer.fast_dev_run:
             return
         self._saved_step, self._postponed = trainer.global_step, False
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
 
 def _is_ending(trainer: pl.Trainer) -> bool:

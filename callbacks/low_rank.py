@@ -19,7 +19,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
@@ -53,6 +53,8 @@ class LowRank(pl.Callback):
     *moments*: of the optimiser; `project` carries them over, `reset` begins anew. *lr_factor*: by which the learning
     rate, and what its schedule starts from, is multiplied at the first switch.
     """
+
+    refuses_strategy: ClassVar[dict[str, str]] = {"fsdp": "layers whose weights are in pieces cannot be replaced"}
 
     def __init__(
         self,

@@ -4,16 +4,19 @@ Lightning's CSVLogger deletes the file of the run that is resumed, writes only e
 a row of its own.
 """
 
+import contextlib
 import csv
 import io
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from callbacks.saving import not_vital
 
 _KEYS = ("epoch", "step")
 
@@ -21,7 +24,8 @@ _KEYS = ("epoch", "step")
 class MetricsCsv(Logger):
     """Writes `<directory>/metrics.csv` with the columns epoch, step and one per metric, in order of appearance.
 
-    What is logged for one step goes into one row. The file is complete after every call. An existing file goes on:
+    What is logged for one step goes into one row. The file is complete after every call; rows that a full disk does not
+    take are missing, which is told once. An existing file goes on:
     rows from the resumed step on are dropped (`continue_from`, or else the first step that is logged decides), since
     the run that wrote them went further than its checkpoint.
 
@@ -53,6 +57,10 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def continue_from(self, step: int) -> None:
         """Keep the rows before `step`, drop the others."""
+        with not_vital(self.path), self._anew_after_an_error():
+            self._continue_from(step)
+
+    def _continue_from(self, step: int) -> None:
         rows, columns = _read(self.path)
         kept = [row for row in rows if int(row["step"]) < step]
         self._columns = columns
@@ -65,8 +73,20 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         step = int(step or 0)
-        if self._columns is None:
-            self.continue_from(step)
+        with not_vital(self.path), self._anew_after_an_error():
+            if self._columns is None:
+                self._continue_from(step)
+            self._log(metrics, step)
+
+    @contextlib.contextmanager
+    def _anew_after_an_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._columns = None  # the file is looked at again with the next row
+            raise
+
+    def _log(self, metrics: Mapping[str, Any], step: int) -> None:
         assert self._columns is not None
         if self._row.get("step") != step:
             self._row = {"step": step}
@@ -77,18 +97,26 @@ class MetricsCsv(Logger):
             self._columns += new
             self._rewrite(rows)
             self._row_offset = self.path.stat().st_size
-        with self.path.open("r+b") as file:
-            file.seek(self._row_offset)
-            file.write(_lines([self._row], self._columns).encode())
-            file.truncate()
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._row_offset)
+                file.write(_lines([self._row], self._columns).encode())
+                file.truncate()
+        except OSError:
+            os.truncate(self.path, self._row_offset)  # half a row may look like a whole one
+            raise
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         assert self._columns is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = _lines([dict(zip(self._columns, self._columns, strict=True))], self._columns)
         beside = self.path.with_name(self.path.name + ".tmp")
-        beside.write_text(header + _lines(rows, self._columns), encoding="utf-8", newline="")
-        os.replace(beside, self.path)
+        try:
+            beside.write_text(header + _lines(rows, self._columns), encoding="utf-8", newline="")
+            os.replace(beside, self.path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def _read(path: Path, size: int | None = None) -> tuple[list[dict[str, Any]], list[str]]:

@@ -4,13 +4,14 @@ A resumed run reads them and never measures again; otherwise two runs of one con
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from callbacks.saving import write_text
 
 
 def by_the_first(trainer: pl.Trainer, compute: Callable[[], Any]) -> Any:
@@ -26,6 +27,7 @@ class Plan(pl.Callback):
 
     def __init__(self) -> None:
         self.decisions: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}  # taken before there was a Trainer; they stand in no checkpoint yet
 
     @staticmethod
     def of(trainer: pl.Trainer) -> "Plan":
@@ -44,6 +46,7 @@ class Plan(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not measured, but part of what makes a run on another machine differ.
+        self.decisions |= self.given
         self.decisions["machine"] = {
             "accelerator": type(trainer.accelerator).__name__,
             "devices": trainer.num_devices,
@@ -69,7 +72,4 @@ class Plan(pl.Callback):
         if not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "plan.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name("plan.json.tmp")
-        beside.write_text(json.dumps(self.decisions, indent=2, sort_keys=True) + "\n")
-        os.replace(beside, path)
+        write_text(path, json.dumps(self.decisions, indent=2, sort_keys=True) + "\n")

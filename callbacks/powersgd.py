@@ -13,13 +13,21 @@ from torch.nn.parallel import DistributedDataParallel
 log = logging.getLogger(__name__)
 
 
-def register(trainer: pl.Trainer, *, rank: int, start_step: int) -> None:
+def register(trainer: pl.Trainer, *, rank: int, start_step: int) -> PowerSGDState | None:
     """Give the trainer's DDP wrapper, which has to be a new one, a hook with a state of its own.
 
-    Says so where there is nothing to exchange. *start_step*: exchanges that are not compressed yet, at least 2.
+    Returns the state; None, and says so, where there is nothing to exchange. *start_step*: exchanges that are not
+    compressed yet, at least 2.
     """
     if not isinstance(model := trainer.strategy.model, DistributedDataParallel):
         log.info("dbc: comm=powersgd has no effect with one process")
-        return
+        return None
     state = PowerSGDState(process_group=None, matrix_approximation_rank=rank, start_powerSGD_iter=start_step)
     model.register_comm_hook(state, powerSGD_hook)
+    return state
+
+
+def forget(state: PowerSGDState) -> None:
+    """Begin anew: what is remembered of a gradient that is not finite would make all later ones so."""
+    for remembered in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        remembered.clear()

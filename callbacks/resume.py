@@ -128,7 +128,9 @@ class ExactResume(pl.Callback):
         if (state := states.get(self.state_key)) is not None:
             self._groups = state.get("parameters", [])
             self._resumed = {"step": checkpoint["global_step"], "should_stop": False, "row": {}, **state}
-            checkpoint["loops"] = dict(checkpoint["loops"], fit_loop=_corrected(checkpoint, state))
+            before, now = getattr(trainer.datamodule, "examples_per_batch", (1, 1))  # type: ignore[attr-defined]
+            loops = _recounted(_corrected(checkpoint, state), before, now, complete=state["epoch_complete"])
+            checkpoint["loops"] = dict(checkpoint["loops"], fit_loop=loops)
 
     # Continuing
 
@@ -283,6 +285,20 @@ def _corrected(checkpoint: dict[str, Any], state: dict[str, Any]) -> dict[str, A
     loops["epoch_loop.val_loop.batch_progress"] = val
     loops["epoch_progress"], loops["epoch_loop.batch_progress"] = epochs, batches
     return loops
+
+
+def _recounted(loops: dict[str, Any], before: int, now: int, *, complete: bool) -> dict[str, Any]:
+    """The counters of batches, in batches of another size; windows of accumulation then begin where they did.
+
+    A complete epoch stays complete: it counts as many as it can have had, what is left out at its end included.
+    """
+    if before == now:
+        return loops
+    progress = loops["epoch_loop.batch_progress"]
+    total = {name: count * before // now for name, count in progress["total"].items()}
+    rest = before - 1 if complete else 0
+    current = {name: count and (count * before + rest) // now for name, count in progress["current"].items()}
+    return {**loops, "epoch_loop.batch_progress": {**progress, "total": total, "current": current}}
 
 
 def _counters(progress: dict[str, Any], **values: int) -> dict[str, Any]:

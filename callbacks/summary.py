@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from callbacks.graceful import GracefulStop
+from callbacks.saving import write_text
 from callbacks.window import Window
 
 _COST = ("steps", "wall_s", "cpu_s", "peak_mem_mb", *Window().means())
@@ -42,7 +42,7 @@ class Summary(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit":
-            self._status = "stopped" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self._status = "stopped" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
             self._write(trainer, ("train_", "val_"))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -59,10 +59,7 @@ class Summary(pl.Callback):
         if content is None:
             content = self._content(trainer, path.parent)
         content["metrics"] = {**content["metrics"], **self._metrics}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-        os.replace(beside, path)
+        write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
     def _content(self, trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
         cost: dict[str, Any] = dict.fromkeys(_COST)

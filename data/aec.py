@@ -63,6 +63,8 @@ class EchoData(SystemData):
         Others: as `SystemData`.
     """
 
+    LENGTH_KEY = "segment_s"
+
     def __init__(
         self,
         *,

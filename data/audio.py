@@ -40,6 +40,8 @@ _LFS_HEAD = b"version https://git-lfs"
 _UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 for streams without a length
 _OGG_HEADER = 27  # bytes of a page before its table of segment sizes; the last one counts the segments
 _MAX_OGG_PAGE = _OGG_HEADER + 255 + 255 * 255
+_LOWEST_RATE, _HIGHEST_RATE = 1_000, 1_000_000  # Hz; what a header states beyond is damage
+_MAX_FILTERS = 10_000_000  # of a resampling whose rates have little in common: more takes seconds for each read
 _LENGTH_TOLERANCE_S = 0.02  # AEC-Challenge's far ends have one sample more than its microphones
 _FILTER_WIDTH = 6  # torchaudio's default lowpass_filter_width and rolloff, fixed here because the margin
 _ROLLOFF = 0.99  # of a crop is computed from them
@@ -100,6 +102,11 @@ def read_audio(
     count = None if duration_s is None else round(duration_s * sample_rate)
     with _open(path) as file:
         native_rate, num_frames = file.samplerate, file.frames
+        if native_rate * sample_rate > _MAX_FILTERS * math.gcd(native_rate, sample_rate) ** 2:
+            raise AudioError(
+                f"{path}: {native_rate} Hz cannot be resampled to {sample_rate} Hz, their common divisor is"
+                f" {math.gcd(native_rate, sample_rate)} Hz; write it again at a usual rate"
+            )
         if channel is not None and not 0 <= channel < file.channels:
             raise AudioError(f"{path}: has {file.channels} channel(s), no channel {channel} (they count from 0)")
         first, stop, skip = _native_span(start, count, native_rate, sample_rate)
@@ -183,6 +190,8 @@ def _open(path: PathLike) -> Iterator[sf.SoundFile]:
     except (sf.SoundFileError, OSError, TypeError) as error:
         raise AudioError(f"{path}: not a readable recording ({_reason(error)}); replace or remove it") from error
     with file:
+        if not _LOWEST_RATE <= file.samplerate <= _HIGHEST_RATE:
+            raise AudioError(f"{path}: its header states {file.samplerate} Hz, no rate of a recording; write it again")
         if file.frames == 0:
             raise AudioError(f"{path}: holds no samples; remove it from the data")
         if file.frames > _UNKNOWN_FRAMES:
@@ -195,6 +204,8 @@ def _open(path: PathLike) -> Iterator[sf.SoundFile]:
 
 def _head(path: PathLike) -> tuple[bytes, int]:
     """First bytes and size of a file that exists, is a file and is no Git-LFS pointer."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
+        raise AudioError(f"{path}: is a pipe or a device, a file is needed")
     try:
         with open(path, "rb") as file:
             head = file.read(64)

@@ -14,6 +14,7 @@ Decisions that are not obvious
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ _LOADER_KEYS = (
     "persistent_workers",
     "multiprocessing_context",
 )
-_START = {"epoch": 0, "batch": 0, "items": 0}
+_START = {"epoch": 0, "batch": 0, "items": 0, "together": 0}
 
 
 class SystemData(pl.LightningDataModule):
@@ -65,6 +66,8 @@ class SystemData(pl.LightningDataModule):
     """
 
     FOLDER_KEY: ClassVar[str] = "speech_dir"
+    LENGTH_KEY: ClassVar[str | None] = None
+    """The setting by which training examples become shorter or smaller, and need less memory."""
 
     def __init__(
         self,
@@ -85,6 +88,9 @@ class SystemData(pl.LightningDataModule):
         if folder is not None and any(self.manifests.values()):
             key = self.FOLDER_KEY
             raise ValueError(f"give either {key} or manifests, not both: {key} is split into all three parts")
+        for stage, manifest in self.manifests.items():
+            if manifest is not None and not (isinstance(manifest, str | os.PathLike) and str(manifest)):
+                raise ValueError(f"{stage}_manifest must be the path of a manifest, got {manifest!r}")
         batch_size = whole_number("batch_size", batch_size, least=1)
         eval_batch_size = whole_number(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, least=1
@@ -191,6 +197,10 @@ class SystemData(pl.LightningDataModule):
         """How a setting of a stage is typed, for messages."""
         return f"data.{name}"
 
+    def batch_size_key(self, stage: str) -> str:
+        """How the batch size of a stage is typed."""
+        return self.key(stage, "batch_size" if stage == "train" else "eval_batch_size")
+
     def data_hint(self, stage: str) -> str:
         """What to do when a stage has no data, for messages."""
         return f"set data.{stage}_manifest=<file> or data.{self.FOLDER_KEY}=<folder>"
@@ -216,11 +226,14 @@ class SystemData(pl.LightningDataModule):
             "num_replicas": world,
             "fixed_epoch": None if training else 0,
             "start_epoch": self._resumed["epoch"] if training else 0,
-            "skip": self._resumed["items"] // world if training else 0,
+            "skip": -(-self._resumed["items"] // world) if training else 0,  # rounded up: none twice
         }
 
     def state_dict(self) -> dict[str, int]:
-        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done."""
+        """The position: of epoch `epoch`, `batch` batches, or `items` examples of all processes, are done.
+
+        `together`: examples of all processes in a batch.
+        """
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress
@@ -230,20 +243,32 @@ class SystemData(pl.LightningDataModule):
         elif batches.is_last_batch or batch >= self.trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
         _, world = self._rank_and_world()
-        return {"epoch": epoch, "batch": batch, "items": batch * self.batch_sizes["train"] * world}
+        together = self.batch_sizes["train"] * world
+        return {"epoch": epoch, "batch": batch, "items": batch * together, "together": together}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called by Lightning before it asks for the loader."""
-        self._resumed = {key: state_dict[key] for key in _START}
+        self._resumed = {key: state_dict.get(key, 0) for key in _START}  # `together` is younger than the others
         _, world = self._rank_and_world()
-        if state_dict["items"] != state_dict["batch"] * self.batch_sizes["train"] * world:
-            log.warning(
-                "resumed with another batch size or number of processes: what epoch %d has seen is not"
-                " repeated, but its number of batches differs",
+        together = self.batch_sizes["train"] * world
+        if state_dict["items"] != state_dict["batch"] * together:
+            whole = state_dict["items"] % together == 0
+            log.log(
+                logging.INFO if whole else logging.WARNING,
+                "resumed with another batch size or number of processes: epoch %d goes on after %d examples%s",
                 state_dict["epoch"],
+                state_dict["items"],
+                "" if whole else f", which are no whole number of batches of {together}: its last ones differ",
             )
         # Lightning cannot know that the data module does it.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+
+    @property
+    def examples_per_batch(self) -> tuple[int, int]:
+        """Of all processes together: in the checkpoint that a run is resumed from, and now."""
+        _, world = self._rank_and_world()
+        now = self.batch_sizes["train"] * world
+        return self._resumed["together"] or now, now
 
     def teardown(self, stage: str | None = None) -> None:
         if stage == "fit":

@@ -173,6 +173,8 @@ def _open(path: PathLike, max_pixels: int) -> Iterator[Image.Image]:
 
 def _look(path: PathLike) -> None:
     """Raise ImageError unless the file exists, is a file, and is neither empty nor a Git-LFS pointer."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
+        raise ImageError(f"{path}: is a pipe or a device, a file is needed")
     try:
         with open(path, "rb") as file:
             head = file.read(len(_LFS_HEAD))

@@ -3,6 +3,8 @@
 Decisions that are not obvious
 * Workers ignore SIGINT and outlive a SIGTERM for a while. Ctrl-C and batch systems signal the whole process
   group; a worker that dies of it takes down the step that the main process wants to finish and save.
+* On Linux a worker dies with the process that it works for, strictly with the thread that began to iterate. By
+  itself it would look for that every five seconds, and complain when it meets a connection that is gone.
 * The loader has a random generator of its own. Otherwise every new iterator draws a number from the global
   one and a resumed run, which makes its iterators at other moments, would continue with other random
   numbers.
@@ -11,9 +13,11 @@ Decisions that are not obvious
   on it).
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from data.checks import whole_number
 
 _MAX_WORKERS = 8
 _GRACE_S = 30  # seconds that a worker lives on after SIGTERM; the grace period of SLURM and Kubernetes
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the one that started it ends
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -150,6 +155,8 @@ class _Loader(DataLoader):
 
 def _prepare_worker(worker: int) -> None:
     """Leave the end of the run to the main process (see the head of this file)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         # An alarm that nobody handles ends the process: a worker told to terminate does not stay for ever.

@@ -58,6 +58,8 @@ class SeparationData(SystemData):
         Others: as `SystemData`.
     """
 
+    LENGTH_KEY = "segment_s"
+
     def __init__(
         self,
         *,

@@ -178,6 +178,8 @@ class SelfSupervisedData(SystemData):
         DataError: a key or value of a section that cannot be used.
     """
 
+    LENGTH_KEY = "crop_s"
+
     def __init__(
         self,
         *,
@@ -219,6 +221,9 @@ class SelfSupervisedData(SystemData):
 
     def key(self, stage: str, name: str) -> str:
         return f"model.{SECTIONS[stage]}.{name}"
+
+    def batch_size_key(self, stage: str) -> str:
+        return self.key(stage, "batch_size")
 
     def data_hint(self, stage: str) -> str:
         return f"set {self.key(stage, 'manifest_filepath')}=<file>"

@@ -160,6 +160,7 @@ class WatermarkData(SystemData):
     """
 
     FOLDER_KEY = "images_dir"
+    LENGTH_KEY = "crop"
 
     def __init__(
         self,

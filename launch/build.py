@@ -7,6 +7,7 @@ launched inside the Trainer.
 
 import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, Progres
 from pytorch_lightning.loggers import Logger
 
 from callbacks import clock
+from callbacks.plan import Plan
 from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
 from data.checks import whole_number
-from launch import checkpoint, environment, exp_manager, foreign
+from launch import checkpoint, environment, exp_manager, foreign, micro_batch, ranks, stop_signals
 from launch.command_line import near_misses
 from launch.errors import ConfigError
-from launch.hardware import keep_freed_memory, quieten, resolve_hardware, share_cores
+from launch.hardware import join, keep_freed_memory, quieten, resolve_hardware, restart_problems, share_cores
+from launch.report import profiler
 from launch.restore import Restored, take_architecture
-from launch.run_dir import rank
+from launch.run_dir import rank, restarts
+from launch.spawned import SpawnedProcess, together
 from launch.targets import DATASETS, Blueprint, not_sections, wrong_arguments
-from launch.trainer_section import make_trainer, wrong_values
+from launch.trainer_section import make_trainer, refused_strategies, wrong_strategy, wrong_values
 from models.base import System
 from models.checkpoint import read_checkpoint
 
@@ -40,6 +44,11 @@ _FOLDERS = ("speech_dir", "images_dir")  # of a data section: what stands there 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
+def attempts(cfg: DictConfig) -> Iterator["Run"]:
+    """The run; a second one where memory was too small for its batch, and so on."""
+    return micro_batch.attempts(lambda: Run(cfg))
+
+
 class Run:
     """What one training run is made of.
 
@@ -49,7 +58,8 @@ class Run:
 
     def __init__(self, cfg: DictConfig) -> None:
         quieten()
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        self._job = int(HydraConfig.get().job.num) if HydraConfig.get().mode == RunMode.MULTIRUN else 0
+        if HydraConfig.get().mode == RunMode.MULTIRUN and not micro_batch.is_another_attempt():
             clock.restart()  # each job of a sweep accounts for itself
         self.directory = Path(HydraConfig.get().runtime.output_dir)
         self.overrides = [str(override) for override in HydraConfig.get().overrides.task]
@@ -68,8 +78,12 @@ class Run:
         if not _validates(cfg.data):
             log.info("there is no data to validate on: no validation, train_loss decides what is best")
         self._forced: dict[str, Any] = {}  # optimiser values that a resumed run does not take from its checkpoint
+        content = read_checkpoint(self.resume) if self.resume is not None else {}
+        self._decision = micro_batch.decided(self.directory, content.get("plan"))
+        if not micro_batch.follow(self._decision, config):
+            self._decision = {}
+        self.again = False  # after `fit`: it is to be done once more, by another Run
         if self.resume is not None:
-            content = read_checkpoint(self.resume)
             self._saved_config: dict[str, Any] = content.get("config") or {}
             self._saved_shapes = checkpoint.shapes(content["state_dict"])
             self._saved_structure = content.get("structure") or []
@@ -79,6 +93,8 @@ class Run:
         if wrong := wrong_values(trainer_section):
             raise ConfigError("\n".join(problems + wrong))
         self.trainer_section = resolve_hardware(trainer_section)
+        problems += wrong_strategy(self.trainer_section)
+        problems += restart_problems(resumes=config["exp_manager"]["resume_if_exists"])
         if not _validates(cfg.data):  # then the best checkpoint is decided at the end of each epoch
             self.trainer_section |= {"val_check_interval": None, "check_val_every_n_epoch": 1}
         packages = config["packages"]
@@ -91,6 +107,9 @@ class Run:
         parts = [self._system, self._data, *self._callbacks.values(), *self._loggers.values()]
         problems += [line for part in parts for line in part.problems]
         problems += wrong_arguments("trainer", pl.Trainer, self.trainer_section)
+        problems += refused_strategies(
+            self.trainer_section, {name: blueprint.cls for name, blueprint in self._callbacks.items()}
+        )
         problems += disagreements(model, config["data"])
         problems += exp_manager.problems(config, self._system.cls) + foreign.other_starts(config)
         if problems:
@@ -101,7 +120,10 @@ class Run:
 
     def _find_resume(self) -> Path | None:
         """The checkpoint whose full state this run continues from; the run's first line says which."""
-        if self.config["ckpt_path"]:
+        again = restarts() or micro_batch.is_another_attempt()
+        if again and (path := checkpoint.newest_readable(self.directory)):
+            log.info("started anew, resuming %s", path)
+        elif self.config["ckpt_path"]:
             path = checkpoint.to_continue(self.config["ckpt_path"])
             log.info("continuing from %s in %s", path, self.directory)
         elif self.config["exp_manager"]["resume_if_exists"]:
@@ -129,8 +151,9 @@ class Run:
         self.config = plain(cfg, typed)
 
     def data(self) -> SystemData:
-        """The data module; its test data is looked at now, since a mistake in it would show after training only."""
+        """The data module; all manifests are read now, since a mistake in them would show when the run has begun."""
         data = self._data.build()
+        data.setup("fit")
         if self.config["test"] and data.has_data("test"):
             data.setup("test")
         return data
@@ -158,9 +181,16 @@ class Run:
             callbacks = {name: c for name, c in callbacks.items() if not isinstance(c, ProgressBar)}
         if self._forced:
             callbacks["resume_override"] = ResumeOverride(values=self._forced)
+        if "spawn" in self.trainer_section["strategy"] or "fork" in self.trainer_section["strategy"]:
+            own = SpawnedProcess(section=self.trainer_section, cpu_threads=self.config["cpu_threads"])
+            callbacks = {"spawned": own, **callbacks}
+        for callback in callbacks.values():
+            if isinstance(callback, Plan) and self._decision:
+                callback.given = {micro_batch.NAME: self._decision}
         section = merge_trainer_kwargs(self.trainer_section, callbacks, system, self.overrides)
         share_cores(section, self.config["cpu_threads"])
         keep_freed_memory(section)
+        section["profiler"] = profiler(section.get("profiler"), self.directory)
         record = environment.record(self.config, self.overrides)
         if rank() == 0 and not self.config["dry_run"]:
             environment.write_snapshot(self.directory, record["git"])
@@ -170,7 +200,14 @@ class Run:
             callbacks=list(callbacks.values()),
             logger=loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
-            plugins=[checkpoint.RunCheckpointIO(record, exp_manager.archive_writer(self.config, system), system)],
+            plugins=[
+                checkpoint.RunCheckpointIO(
+                    record,
+                    exp_manager.archive_writer(self.config, system),
+                    system,
+                    stop_on_full_disk=self.config["exp_manager"]["on_full_disk"] == "stop",
+                )
+            ],
             use_distributed_sampler=False,  # our samplers shard; Lightning's would shuffle
         )
 
@@ -179,17 +216,31 @@ class Run:
         pl.seed_everything(self.config["seed"], workers=True, verbose=False)
 
     def fit(self, trainer: pl.Trainer, system: System, data: SystemData) -> None:
-        """Train. Ends the process with 128 + signal when a signal stopped it after saving."""
+        """Train. Ends the process with 128 + signal when a signal stopped it after saving.
+
+        Afterwards `again` says whether a batch was too large for the memory and another Run is to go on with less.
+        """
         if trainer.world_size > 1:
             log.info("rank %d of %d: %s", trainer.global_rank, trainer.world_size, " ".join(self.overrides))
+        if micro_batch.is_another_attempt():
+            micro_batch.free_memory()
+        ranks.watch(trainer)
+        join(self.trainer_section, self._job)
         try:
-            trainer.fit(system, datamodule=data, ckpt_path=self.resume)
-        except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
-            raise SystemExit(128 + (_signal(trainer) or signal.SIGINT)) from stop
+            with together(trainer):
+                trainer.fit(system, datamodule=data, ckpt_path=self.resume)
+        except SystemExit as stop:  # Lightning's answer to a second signal, or a signal before training
+            ranks.kill()
+            known = stop.code if isinstance(stop.code, int) and stop.code > 128 else 0
+            raise SystemExit(known or 128 + (_signal(trainer) or stop_signals.told or signal.SIGINT)) from stop
+        except Exception as error:
+            self.again = micro_batch.to_start_again(error, trainer, data, self.config, self._decision, self.directory)
+            if not self.again:
+                raise
+            return
         if number := _signal(trainer):
-            # Lightning kills the main process when a rank that it started itself ends with anything but 0.
-            started_by_lightning = trainer.local_rank > 0 and not _launched_from_outside(trainer)
-            raise SystemExit(0 if started_by_lightning else 128 + number)
+            ranks.finish()
+            raise SystemExit(0 if ranks.started_by_lightning() else 128 + number)  # 0: saved, as the first process says
         if self.resume is not None and trainer.global_step == self._resumed_step and not trainer.should_stop:
             log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", trainer.global_step)
 
@@ -198,7 +249,8 @@ class Run:
         if not self.config["test"] or not data.has_data("test"):
             return None
         best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-        scores = trainer.test(system, datamodule=data, ckpt_path=best, verbose=False)
+        with together(trainer):
+            scores = trainer.test(system, datamodule=data, ckpt_path=best, verbose=False)
         return dict(scores[0]) if scores else None
 
     def monitored(self, trainer: pl.Trainer) -> float | None:
@@ -220,12 +272,6 @@ def _seed(value: Any) -> int:
 def _signal(trainer: pl.Trainer) -> int:
     """The signal that stopped training, 0 for none."""
     return next((c.signum for c in trainer.callbacks if getattr(c, "signum", 0)), 0)  # type: ignore[attr-defined]
-
-
-def _launched_from_outside(trainer: pl.Trainer) -> bool:
-    """By torchrun, srun and the like, not by Lightning."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is None or environment.creates_processes_externally
 
 
 def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
@@ -300,6 +346,7 @@ def merge_trainer_kwargs(
     """Fill Trainer arguments that are still open (null or auto) with what the callbacks ask for.
 
     A value that is set already wins, and one line says so. Only when both sides were typed and differ is it an error.
+    What a callback `completes` is what was set, with options.
     """
     merged = dict(section)
     typed = typed_keys(overrides)
@@ -308,7 +355,7 @@ def merge_trainer_kwargs(
         if asks is None:
             continue
         for key, value in asks(system=system, trainer=dict(section)).items():
-            if section.get(key) in (None, "auto"):
+            if section.get(key) in (None, "auto") or key in getattr(callback, "completes", ()):
                 merged[key] = value
             elif section[key] != value:
                 if f"trainer.{key}" in typed and any(t.startswith(f"callbacks.{name}.") for t in typed):

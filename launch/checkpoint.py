@@ -1,11 +1,13 @@
 """Writing checkpoints, finding the one to continue from, and saying what a resumed run does not take over.
 
 A checkpoint appears whole or not at all: it is written beside its target, flushed to the disk and renamed. Reading
-is models/checkpoint.py.
+is models/checkpoint.py. What a disk does not take is noted here, and callbacks/saving.py decides with all ranks.
 """
 
+import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +37,9 @@ class RunCheckpointIO(TorchCheckpointIO):
     *record*: keys of format 1 that belong to the run, not to the system: config, overrides, versions, git.
     *save_archive*: writes the weights in another format; called with `<name>.nemo` for each best checkpoint. The
     archive goes when its checkpoint does. *system*: takes the layers of what another process has trained.
+    *stop_on_full_disk*: whether the run is to stop when a checkpoint cannot be written.
+
+    Attribute `failure`: why the last checkpoint was not written; None: it was.
     """
 
     def __init__(
@@ -42,26 +47,44 @@ class RunCheckpointIO(TorchCheckpointIO):
         record: dict[str, Any],
         save_archive: Callable[[Path], None] | None = None,
         system: System | None = None,
+        *,
+        stop_on_full_disk: bool = True,
     ) -> None:
         super().__init__()
         self.record = record
         self.save_archive = save_archive
         self.system = system
+        self.stop_on_full_disk = stop_on_full_disk
+        self.failure: str | None = None
+        self._failed_before = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         if path.name == _BETWEEN_PROCESSES:  # Lightning gives the weights alone, and would load what fits of them
             structure = self.system.structure if self.system else []
             return super().save_checkpoint({"state_dict": checkpoint, "structure": structure}, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        with beside.open("wb") as file:
-            torch.save({**checkpoint, **self.record}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        if self.save_archive is not None and path.name != LAST.name:
-            self.save_archive(path.with_suffix(".nemo"))
+        self.failure = None
+        try:
+            _write_whole(path, {**checkpoint, **self.record})
+        except Exception as error:
+            cause = _error_of_the_disk(error)
+            if cause is None:
+                raise
+            self.failure = _not_saved(path, cause)
+        else:
+            if self._failed_before:
+                log.info("%s is saved: the disk takes checkpoints again", _shown(path))
+            if self.save_archive is not None and path.name != LAST.name:
+                self._archive(path.with_suffix(".nemo"))
+        self._failed_before = self.failure is not None
+
+    def _archive(self, path: Path) -> None:
+        assert self.save_archive is not None
+        try:
+            self.save_archive(path)
+        except OSError as error:  # the checkpoint is there, and holds all that the archive would
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            log.warning("%s", _not_saved(path, error))
 
     def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
@@ -74,6 +97,41 @@ class RunCheckpointIO(TorchCheckpointIO):
         if self.system:
             self.system.restructure(content["structure"])
         return content["state_dict"]
+
+
+def _write_whole(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a disk that failed may not let it be removed; the next start tries again
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def _error_of_the_disk(error: BaseException | None) -> OSError | None:
+    """What the disk answered: torch reports an archive that it cannot end, on top of the error that is the cause."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _not_saved(path: Path, error: OSError) -> str:
+    """One line: which file, why, how much is free and how much is needed."""
+    reason = error.strerror or str(error)
+    sizes = {file.stat().st_mtime: file.stat().st_size for file in path.parent.glob(f"*{path.suffix}")}
+    before = f", the one before has {sizes[max(sizes)] / 2**20:.1f} MiB" if sizes else ""
+    free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
+    return f"{_shown(path)} could not be written ({reason}): {free / 2**20:.1f} MiB are free{before}"
+
+
+def _shown(path: Path) -> Path:
+    return Path(path.parent.name) / path.name
 
 
 def remove_leftovers(folder: Path) -> None:

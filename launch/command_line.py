@@ -10,7 +10,9 @@
 
 import difflib
 import functools
+import string
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from launch import foreign
+from launch.composing import damaged_file, unreadable, words
 from launch.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
@@ -34,6 +38,14 @@ _SECTIONS_NULL = {f"{group}=null" for group in ("model", "data", "trainer", "exp
 RUN_CONFIGURATION = "run_configuration"
 # The primary configuration of systems that have one of their own.
 _PRIMARY = {"nest": "nest_fast-conformer"}
+# Choices that a package brings along, and the extra of pyproject.toml that installs it.
+_EXTRAS = {
+    "hydra/sweeper=optuna": "optuna",
+    "hydra/launcher=submitit_slurm": "submitit",
+    "hydra/launcher=submitit_local": "submitit",
+}
+# Characters of a value that Hydra reads without quotes.
+_UNQUOTED = set(f"{string.ascii_letters}{string.digits}/-_.:+*?%@|\\ ")
 # Prefix of the name under which a foreign primary configuration, laid over train.yaml, is stored.
 _OVER_TRAIN = "over_train_"
 
@@ -64,9 +76,14 @@ def prepare(argv: list[str], script: str) -> list[str]:
 
 
 def _quoted(override: str) -> str:
-    """An override whose value holds a `=`, as names of checkpoints do, in the quotes that Hydra wants then."""
+    """An override in the quotes that Hydra wants around a `=`, as in names of checkpoints, and letters such as ö.
+
+    What might have another meaning (lists, sweeps, quotes) stays as it is typed.
+    """
     key, _, value = override.partition("=")
-    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}()$,") else override
+    if set(value) & set("'\"[]{}()$,") or not set(value) - _UNQUOTED:
+        return override
+    return f"{key}='{value}'"
 
 
 def _without(argv: list[str], overrides: list[str]) -> list[str]:
@@ -234,16 +251,21 @@ def explain(error: Exception, argv: list[str], script: str) -> str:
     if own := str(error).partition(_OF_A_RESOLVER)[2]:
         return own.splitlines()[0]
     typed = get_args_parser().parse_intermixed_args(argv)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        folders = [Path(typed.config_dir)] if typed.config_dir else []
+        folders += [_primary_folder(typed.config_path)] if typed.config_path else []
+        chosen = [o for o in typed.overrides if "." not in o.partition("=")[0]]  # groups, and keys at the top
+        return f"{damaged_file(error, folders)} ({' '.join(chosen)})"
     try:
         overrides = OverridesParser.create().parse_overrides(typed.overrides)
-    except HydraException as problem:
-        return str(problem).splitlines()[0]
+    except HydraException:
+        return "\n".join(line for override in typed.overrides for line in unreadable(override))
     primary = typed.config_name or script
     try:
         problems = _problems(primary, overrides, typed.config_dir, typed.config_path)
     except HydraException as problem:
-        problems = [str(problem).splitlines()[0]]
-    return "\n".join(problems) or " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        problems = [words(problem)]
+    return "\n".join(problems) or words(error)
 
 
 def _problems(primary: str, overrides: list[Override], extra_dir: str | None, config_path: str | None) -> list[str]:
@@ -278,9 +300,17 @@ def _wrong_choice(loader: ConfigLoader, choice: Override) -> Iterator[str]:
     options = loader.get_group_options(choice.key_or_group)
     for name in value if isinstance(value, list) else [value]:
         if isinstance(name, str) and name not in options and name != "null":
+            if extra := _EXTRAS.get(f"{choice.key_or_group}={name}"):
+                yield f"{choice.input_line}: not installed here: pip install {' '.join(_packages(extra))}"
+                continue
             near = difflib.get_close_matches(name, options, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
             yield f"{choice.input_line}: no such {choice.key_or_group}.{hint} Choose from {', '.join(sorted(options))}"
+
+
+def _packages(extra: str) -> list[str]:
+    project = tomllib.loads((CONFIG_DIR.parent / "pyproject.toml").read_text())["project"]
+    return project["optional-dependencies"][extra]
 
 
 def _unknown(override: Override, have: set[str]) -> list[str]:

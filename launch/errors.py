@@ -1,4 +1,10 @@
-"""What counts as a user's mistake: one clear line and exit code 2, never a traceback."""
+"""What counts as a user's mistake: one clear line and exit code 2, never a traceback.
+
+Some other errors are told in one line too, with exit code 1: what happens to sound runs on machines that are full.
+"""
+
+import errno
+import re
 
 
 class ConfigError(ValueError):
@@ -15,6 +21,21 @@ _USERS_MISTAKES = {
 }
 
 
+# Raised with a message that says all there is to say.
+_KNOWN_FAULTS = {"CannotSave", "NotFinite", "OutOfMemoryError"}
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited unexp)")
+
+
+def is_known_fault(error: BaseException) -> bool:
+    """Whether one line tells all: no mistake of the user's, and none of ours that a traceback would help to find."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "DefaultCPUAllocator" in str(error):
+        return True
+    named = any(kind.__name__ in _KNOWN_FAULTS for kind in type(error).__mro__)
+    return named or _WORKER_GONE.match(str(error)) is not None
+
+
 def is_users_mistake(error: BaseException) -> bool:
     return any(kind.__name__ in _USERS_MISTAKES for kind in type(error).__mro__)
 
@@ -26,6 +47,12 @@ def one_line(error: BaseException) -> str:
         return type(error).__name__
     if key := getattr(error, "full_key", None):  # OmegaConf's: the cause, and lines about its own objects
         return f"{key}: {lines[0].rpartition(' raised while resolving interpolation: ')[2]}"
+    if gone := _WORKER_GONE.match(lines[0]):
+        how = f"was killed ({gone[2]}), usually for lack of memory" if gone[2] else "ended, perhaps for lack of memory"
+        return (
+            f"a loader worker (pid {gone[1]}) {how}: lower data.loader.num_workers or data.loader.prefetch_factor;"
+            " exp_manager.resume_if_exists=true continues the run"
+        )
     if "DataLoader worker" not in lines[0]:
         return "\n".join(lines) if is_users_mistake(error) else lines[0]
     return lines[-1].partition(": ")[2] or lines[-1]

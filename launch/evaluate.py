@@ -16,7 +16,7 @@ from callbacks.bad_files import CountBadFiles
 from callbacks.progress import Progress
 from data.audio import atomic_path
 from data.base import SystemData
-from launch import checkpoint, report
+from launch import checkpoint, ranks, report
 from launch.build import disagreements, plain, switched_off, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten, resolve_hardware, share_cores
@@ -66,6 +66,7 @@ def run(cfg: DictConfig) -> None:
         callbacks=[CountBadFiles(), examples, *([Progress()] if section["enable_progress_bar"] else [])],
         use_distributed_sampler=False,
     )
+    ranks.watch(trainer)
     scores = dict(trainer.test(system, datamodule=datamodule, verbose=False)[0])
     if trainer.is_global_zero:
         log.info("%s", report.table(scores))

@@ -38,6 +38,8 @@ def problems(config: dict[str, Any], system: type[System] | None) -> list[str]:
     """A line for each key that cannot be used: one that is none of ours, as NeMo's configurations may have, or
     archives of a system that has none."""
     lines = _unknown_keys(config)
+    if (chosen := config["exp_manager"]["on_full_disk"]) not in ("stop", "continue"):
+        lines.append(f"exp_manager.on_full_disk={chosen}: choose stop or continue")
     if _saves_archives(config) and system is not None and not hasattr(system, "save_to"):
         lines.append(f"{_PARAMS}.always_save_nemo=true: {system.__name__} cannot be written as a .nemo archive")
     return lines

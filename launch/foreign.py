@@ -24,7 +24,7 @@ def read(file: Path) -> DictConfig:
     """A primary configuration. Raises ConfigError for a file that is none."""
     try:
         content = OmegaConf.load(file)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: not a configuration ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{file}: not a configuration (no mapping of keys to values)")

@@ -1,7 +1,8 @@
 """One script run, from argv to exit code.
 
 Exit codes: 0 done, 2 a user's mistake (one message, no traceback), 128 + n stopped by signal n after saving, 1
-anything else, with the one-line cause last.
+anything else, with the one-line cause last. Of several processes the one that failed first says why, and the others
+end with its code (launch/ranks.py).
 """
 
 import contextlib
@@ -15,19 +16,27 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf, flag_override
-from omegaconf.errors import OmegaConfBaseException
 
+from launch import ranks, stop_signals
 from launch.command_line import explain, prepare
-from launch.errors import is_users_mistake, one_line
+from launch.composing import is_of_composing
+from launch.errors import is_known_fault, is_users_mistake, one_line
 from launch.run_dir import discard_if_unused, register_resolvers
+
+_REFUSED = 2
 
 
 def run(task: Callable[[], Any], script: str) -> NoReturn:
     """Run a `@hydra.main` task with the typed arguments and end the process with its exit code."""
-    sys.exit(exit_code(task, script, sys.argv[1:]))
+    code = exit_code(task, script, sys.argv[1:])
+    if stop_signals.told:
+        ranks.end_now(code)  # a library that is half imported is not taken down in good order
+    if code > 128 or ranks.started_by_lightning():
+        stop_signals.ignore()
+    ranks.end_workers()
+    sys.exit(code)
 
 
 def exit_code(task: Callable[[], Any], script: str, argv: list[str]) -> int:
@@ -44,9 +53,9 @@ def exit_code(task: Callable[[], Any], script: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (HydraException, OmegaConfBaseException) as error:
-        return _refuse(explain(error, argv, script))
     except Exception as error:
+        if is_of_composing(error):
+            return _told() or _refuse(explain(error, argv, script))
         return _answer(error)
     return 0
 
@@ -66,24 +75,43 @@ def _environment() -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
+def _told() -> int:
+    """The exit code of a process that was told to end, 0 for none: then no error is one, whatever became of it."""
+    return 128 + stop_signals.told if stop_signals.told else 0
+
+
 def _answer(error: Exception) -> int:
-    return _refuse(one_line(error)) if is_users_mistake(error) else _fail(error)
+    if code := _told():
+        return code
+    if is_users_mistake(error):
+        ranks.kill()
+        return _refuse(one_line(error))
+    if ranks.is_consequence(error) and (code := ranks.cause_elsewhere()) is not None:
+        _to_log_file(traceback.format_exc())
+        return code
+    ranks.kill()  # they would only complain about this one
+    return _fail(error)
 
 
 def _refuse(message: str) -> int:
     print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
-    return 2
+    return _REFUSED
 
 
 def _fail(error: Exception) -> int:
-    traceback.print_exc()
-    record = logging.makeLogRecord({"name": "launch", "levelno": logging.ERROR, "levelname": "ERROR"})
-    record.msg = traceback.format_exc()
+    _to_log_file(traceback.format_exc())
+    known = is_known_fault(error)
+    if not known:
+        traceback.print_exc()
+    print(f"failed: {'' if known else f'{type(error).__name__}: '}{one_line(error)}", file=sys.stderr)
+    return 1
+
+
+def _to_log_file(text: str) -> None:
+    record = logging.makeLogRecord({"name": "launch", "levelno": logging.ERROR, "levelname": "ERROR", "msg": text})
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.emit(record)
-    print(f"failed: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-    return 1
 
 
 @contextlib.contextmanager
@@ -94,7 +122,7 @@ def one_job() -> Iterator[None]:
     values that each process draws for itself the ranks of one group would train with different ones. So for the time
     of a job argv holds the job's own overrides, and what the job leaves in the environment is taken back.
     """
-    hydra = HydraConfig.get()
+    hydra, code = HydraConfig.get(), 0
     try:
         if hydra.mode == RunMode.MULTIRUN:
             with _job_of_a_sweep(hydra):
@@ -102,9 +130,14 @@ def one_job() -> Iterator[None]:
         else:
             yield
     except Exception as error:
-        raise SystemExit(_answer(error)) from error  # here, since Hydra would print its own report on top
+        code = _answer(error)
+        raise SystemExit(code) from error  # here, since Hydra would print its own report on top
+    else:
+        ranks.finish()
     finally:
-        discard_if_unused(Path(hydra.runtime.output_dir))  # a dry run, or a mistake found before the first step
+        ranks.kill()
+        # A dry run, or a mistake found before the first step.
+        discard_if_unused(Path(hydra.runtime.output_dir), refused=code == _REFUSED)
 
 
 @contextlib.contextmanager

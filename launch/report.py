@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from torch import Tensor, nn
 
 from data.base import SystemData
+from launch.cost import cost_of_training
 from models.base import System
 
 log = logging.getLogger(__name__)
 
 
 def dry_run(system: System, data: SystemData, trainer: pl.Trainer) -> None:
-    """Parameters per part of the system, the first training batch's shapes, and what the Trainer would do."""
+    """Parameters per part, multiply-adds, the first batch's shapes, what memory it needs, what the Trainer would do."""
     count = sum(p.numel() for p in system.parameters())
     trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
     log.info("%s: %s parameters, %s trainable", type(system).__name__, f"{count:,}", f"{trainable:,}")
@@ -26,6 +28,13 @@ def dry_run(system: System, data: SystemData, trainer: pl.Trainer) -> None:
     for name, value in batch.items():
         described = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         log.info("  %-32s %s", name, described)
+    system.to(trainer.strategy.root_device)  # where autocast does what it will do in training
+    needed = cost_of_training(system, batch, context=trainer.precision_plugin.forward_context)
+    log.info("%.3g G multiply-adds per %s, forward", needed.macs / 1e9, needed.unit)
+    total = sum(needed.memory) / 2**20
+    log.info("memory of each process for this batch, at least (an estimate): %s MiB", f"{total:,.0f}")
+    for name, size in needed.memory._asdict().items():
+        log.info("  %-32s %12s", name, f"{size / 2**20:,.1f}")
     log.info(
         "trainer: %s x %s, strategy %s, precision %s",
         trainer.num_devices,
@@ -46,6 +55,13 @@ def _largest_parts(system: System) -> list[tuple[str, nn.Module]]:
     return parts
 
 
+def profiler(kind: Any, directory: Path) -> Any:
+    """The profiler that `trainer.profiler` names, made to write its table into the run directory; others as given."""
+    if kind in ("simple", "advanced"):
+        return (SimpleProfiler if kind == "simple" else AdvancedProfiler)(dirpath=directory, filename="profile")
+    return kind
+
+
 def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | None) -> None:
     """Where the results of a finished run lie, and what to type next."""
     if tested:
@@ -56,6 +72,8 @@ def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | Non
     for name, folder in (("listen", "listen"), ("images", "look")):
         if (directory / folder).is_dir():
             log.info("%-16s %s", name, _relative(directory / folder))
+    for file in sorted(directory.glob("fit-profile*.txt")):
+        log.info("profile          %s", _relative(file))
     log.info("look             tensorboard --logdir %s", _relative(directory))
     system = trainer.lightning_module
     if getattr(type(system), "predict", None) is System.predict:  # which only refuses

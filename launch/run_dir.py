@@ -6,20 +6,23 @@ The start time is taken once, by the first process, and handed to its children t
 machines give all ranks the same stamp through SLURM_JOB_ID or torchrun's --rdzv_id.
 """
 
+import json
 import logging
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from launch.errors import ConfigError
 
 _STAMP_FORMAT = "%Y%m%d-%H%M%S"
 LAST = Path("checkpoints") / "last.ckpt"
+_BEFORE_THE_FIRST_STEP = ("command.sh", "environment.txt", "hparams.yaml", "plan.json", "summary.json", "events.out.*")
 _EXP_DIR = {"ours": "runs", "nemo": "nemo_experiments"}  # where exp_dir is null
 
 
@@ -38,6 +41,12 @@ def rank() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+def restarts() -> int:
+    """How often its launcher has started this run anew: torchrun after a failure, SLURM after a requeue."""
+    counts = [os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return sum(int(count) for count in counts if count.isdigit())
 
 
 def log_name(job_name: str) -> str:
@@ -78,21 +87,32 @@ def newest_run(folder: Path) -> Path | None:
     return max(holding, key=_last_saved, default=None)
 
 
-def discard_if_unused(folder: Path) -> None:
-    """Remove a run directory that holds nothing but Hydra's own record: a run that never began."""
+def discard_if_unused(folder: Path, *, refused: bool = False) -> None:
+    """Remove the directory of a run that never began: it holds nothing but Hydra's own record.
+
+    *refused*: it ended with a user's mistake; then what is written before the first step counts as nothing too.
+    """
     if rank() != 0 or not (folder / ".hydra").is_dir():
         return
-    if all(item.name == ".hydra" or item.suffix == ".log" for item in folder.iterdir()):
+    unused = (".hydra", "*.log", *(_BEFORE_THE_FIRST_STEP if refused and not _steps(folder) else ()))
+    if all(any(item.match(pattern) for pattern in unused) for item in folder.iterdir()):
         for handler in logging.getLogger().handlers[:]:
             if isinstance(handler, logging.FileHandler):  # would make the file anew with its next line
                 logging.getLogger().removeHandler(handler)
                 handler.close()
         shutil.rmtree(folder)
         for parent in list(folder.parents)[:3]:  # the sweep's directory, which its next job makes anew; <name>; runs
-            ours = not Path.cwd().is_relative_to(parent)
+            ours = not (Path.cwd().is_relative_to(parent) or parent.is_mount())
             if not ours or any(item.name != "multirun.yaml" for item in parent.iterdir()):
                 break
             shutil.rmtree(parent)
+
+
+def _steps(folder: Path) -> int:
+    """That the run in a directory has made, as far as it says."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return int(json.loads((folder / "summary.json").read_text())["steps"])
+    return 0
 
 
 def _last_saved(folder: Path) -> float:
@@ -100,6 +120,8 @@ def _last_saved(folder: Path) -> float:
 
 
 def _base(exp_manager: Any, layout: str) -> Path:
+    if not isinstance(exp_manager, DictConfig):
+        raise ConfigError(f"exp_manager={exp_manager}: must be a section of keys with values")
     name = str(exp_manager.name)
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"exp_manager.name={name}: give a plain folder name; exp_manager.exp_dir says where")

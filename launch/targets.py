@@ -29,16 +29,28 @@ FOREIGN_TARGETS = {f"model.{name}": target for name, target in TARGETS.items()}
 FOREIGN_TARGETS |= {f"model.{name}.batch_augmentor": _AUGMENTOR for name in DATASETS}
 
 
-_SECTIONS = ("model.optim", "model.optim.sched", *(f"model.{name}" for name in DATASETS), "data.loader")
+_NEEDED = ("model", "data", "trainer", "exp_manager", "monitor")
+_OPTIONAL = ("model.optim", "model.optim.sched", *(f"model.{name}" for name in DATASETS), "data.loader", "predict")
+_OF_NODES = ("callbacks", "logger")
 
 
 def not_sections(cfg: DictConfig) -> list[str]:
-    """A line for each section that is given as a plain value; its keys are read before any class sees it."""
-    values = {key: OmegaConf.select(cfg, key) for key in _SECTIONS}
-    return [
-        f"{key}={value}: must be a section of keys with values"
+    """A line for each section that is given as a plain value, since its keys are read before any class sees it; and for
+    one whose name is nearly that of ours, which nothing would read."""
+    nodes = {
+        f"{group}.{name}": node
+        for group in _OF_NODES
+        if isinstance(section := OmegaConf.select(cfg, group), DictConfig)
+        for name, node in section.items()
+    }
+    values = {key: OmegaConf.select(cfg, key) for key in (*_NEEDED, *_OPTIONAL, *_OF_NODES)} | nodes
+    known = [key for key in (*_NEEDED, *_OPTIONAL, *_OF_NODES) if "." not in key]
+    others = [str(key) for key in cfg if key not in known and isinstance(OmegaConf.select(cfg, str(key)), DictConfig)]
+    misspelt = {key: near for key in others if (near := difflib.get_close_matches(key, known, 1, 0.8))}
+    return [f"{key}: no such section. Did you mean {near[0]}?" for key, near in misspelt.items()] + [
+        f"{key}={'null' if value is None else value}: must be a section of keys with values"
         for key, value in values.items()
-        if value is not None and not isinstance(value, DictConfig)
+        if not isinstance(value, DictConfig) and (value is not None or (key in _NEEDED and key in cfg))
     ]
 
 

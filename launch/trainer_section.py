@@ -5,7 +5,9 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from callbacks.ddp import DDP_NAMES
 from launch.errors import ConfigError
+from launch.hardware import launched
 
 # key -> least value, whether it may be null
 _WHOLE = {
@@ -26,6 +28,7 @@ _NUMBERS = {
     "limit_test_batches": (0, True),
     "overfit_batches": (0, False),
 }
+_FSDP, _UNUSED = "fsdp", "_find_unused_parameters_true"
 _SWITCHES = ("enable_progress_bar", "enable_model_summary", "detect_anomaly", "inference_mode")
 
 
@@ -66,6 +69,41 @@ def _are_devices(value: Any) -> bool:
     if isinstance(value, str):
         return value in ("auto", "-1") or (value.isdigit() and int(value) > 0)
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1))
+
+
+def wrong_strategy(section: dict[str, Any]) -> list[str]:
+    """Lines about a `strategy` that is none, or that this machine or launcher cannot carry out.
+
+    *section*: with accelerator and devices as they are.
+    """
+    name, line = section.get("strategy"), None
+    if name in (None, "auto"):
+        return []
+    if name not in (*DDP_NAMES, _FSDP):
+        line = f"choose from auto, ddp, ddp_spawn, ddp_fork (also with {_UNUSED} behind it) and {_FSDP}"
+    elif name == _FSDP and section["accelerator"] != "cuda":
+        line = "it needs CUDA GPUs; use trainer.strategy=ddp"
+    elif name == _FSDP and section.get("gradient_clip_val") and section.get("gradient_clip_algorithm") != "value":
+        line = "it cannot clip gradients by their norm; use ddp, or trainer.gradient_clip_val=null"
+    elif name.startswith("ddp_fork") and section["accelerator"] == "cuda":
+        line = "CUDA does not work in a process that was forked; use ddp"
+    elif name.startswith(("ddp_spawn", "ddp_fork")) and (outside := launched()):
+        line = f"{outside.by} has started the processes; use ddp"
+    return [f"trainer.strategy={name}: {line}"] if line else []
+
+
+def refused_strategies(section: dict[str, Any], callbacks: dict[str, type | None]) -> list[str]:
+    """A line for each callback that cannot work with the strategy: its class says so, and why.
+
+    `refuses_strategy`: the first word of strategies' names (`ddp_spawn`, `fsdp`) -> the reason.
+    """
+    strategy = str(section.get("strategy"))
+    return [
+        f"callbacks.{name} does not work with trainer.strategy={strategy}: {reason}; use ddp, or callbacks.{name}=null"
+        for name, cls in callbacks.items()
+        for family, reason in getattr(cls, "refuses_strategy", {}).items()
+        if strategy == family or strategy.startswith(f"{family}_find_")
+    ]
 
 
 def make_trainer(section: dict[str, Any], **supplied: Any) -> pl.Trainer:

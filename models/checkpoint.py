@@ -152,6 +152,11 @@ def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[s
         system.load_state_dict(content["state_dict"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+    for name, weight in system.named_parameters():
+        if content["state_dict"][name].is_complex() and not weight.is_complex():
+            raise CheckpointError(f"{path}: {name} in it is complex, a real weight is needed")
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} in it holds NaN or infinite values; take an earlier checkpoint")
     return system.eval()
 
 

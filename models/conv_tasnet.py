@@ -14,6 +14,7 @@ from losses.pit import pit_neg_si_sdr, reorder
 from metrics.separation import SeparationMetrics
 from models.base import System
 from models.importers.conv_tasnet import asteroid_arguments, convert
+from modules.checks import whole_numbers
 from modules.chunking import separate_in_chunks
 from modules.conv_tasnet import ConvTasNet as Network
 from modules.conv_tasnet_stream import separate_stream
@@ -60,6 +61,7 @@ class ConvTasNet(System):
     ) -> None:
         if causal and norm == "global":
             raise ValueError("causal: true needs norm: cumulative or per_frame; global looks at the whole recording")
+        whole_numbers(sample_rate=sample_rate)
         super().__init__(optim=optim, compile=compile)
         self.sample_rate = sample_rate
         self.level_db = level_db

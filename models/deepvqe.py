@@ -25,6 +25,7 @@ from losses.echo import (
 from metrics.echo import EchoMetrics
 from metrics.perceptual import checked_names
 from models.base import System
+from models.global_loss import mean_of_all
 from models.importers.deepvqe import arguments_of, convert
 from models.optim import is_number
 from modules.chunking import split_chunks, stitch_sources
@@ -56,7 +57,8 @@ class DeepVQE(System):
     *stft*: n320, n512 (16 kHz) or n480 (24 kHz). *window*: sqrt_hann, or hann as some public weights have it.
     *align*: `hidden_channels`, `max_delay_ms`, `scale`, `temperature`, `mask_start`; see modules/alignment.py.
     *loss*: `compression` and `complex_weight` of the spectral loss; `si_snr_weight`, `snr_weight`, `delay_weight` and
-    `echo_weight` of what may stand beside it, 0 for none.
+    `echo_weight` of what may stand beside it, 0 for none. A term is the mean over the examples of all processes for
+    which it means something; accumulated batches have one each, of which the step takes the mean.
     *scores*: what the test reports beside levels and ratios: pesq, stoi, aecmos, dnsmos.
     """
 
@@ -148,12 +150,7 @@ class DeepVQE(System):
         parts = [batch] if whole else [_item(batch, i, int(n)) for i, n in enumerate(batch["length"])]
         compared = [self._compare(part, *self._enhance(part["mic"], part["far"])) for part in parts]
         enhanced = [F.pad(c.enhanced, (0, num_samples - c.enhanced.shape[-1])) for c in compared]
-        terms = {
-            name: _mean(
-                torch.cat([c.terms[name][0] for c in compared]), torch.cat([c.terms[name][1] for c in compared])
-            )
-            for name in compared[0].terms
-        }
+        terms = _means([c.terms for c in compared])
         weights = {name: self.loss_terms.get(f"{name}_weight", 1.0) for name in terms}
         output = {
             "loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum(),
@@ -342,6 +339,13 @@ def _item(batch: dict[str, Tensor], index: int, num_samples: int) -> dict[str, T
     return {name: value[:, :num_samples] if value.ndim > 1 else value for name, value in tensors.items()}
 
 
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of those chosen; zero, with a gradient of zero, when none is. Shape: (B,), (B,) -> ()."""
-    return torch.where(chosen, values, torch.zeros_like(values)).sum() / chosen.sum().clamp(min=1)
+def _means(parts: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """Each term's mean over the items for which it means something; zero, with a gradient of zero, where none is.
+
+    Shape: (B,), (B,) of each term of each part -> () each.
+    """
+    values = {name: torch.cat([part[name][0] for part in parts]) for name in parts[0]}
+    chosen = {name: torch.cat([part[name][1] for part in parts]) for name in parts[0]}
+    totals = torch.stack([torch.where(chosen[name], values[name], 0.0).sum() for name in values])
+    counts = torch.stack([chosen[name].sum() for name in values])
+    return dict(zip(values, mean_of_all(totals, counts), strict=True))

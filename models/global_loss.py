@@ -21,6 +21,23 @@ from torch import Tensor, nn
 _USUAL_COUNT = 1024.0
 
 
+def mean_of_all(total: Tensor, count: Tensor) -> Tensor:
+    """What *total* sums up over this process's batch, as a mean over so many things of all processes' batches.
+
+    For losses with several terms that count different things, of which one division of the gradients cannot do justice.
+    Each process gets its own share of the mean, times their number, since the mean over processes is what DDP takes of
+    gradients. 0 where there was nothing to count. Without gradients each process has the mean over its own batch, so
+    that they need not have the same number of batches there.
+
+    Shape: (...), (...) -> (...).
+    """
+    size = 1
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        size, count = torch.distributed.get_world_size(), count.clone()
+        torch.distributed.all_reduce(count)
+    return size * total / count.clamp(min=1)
+
+
 class CountedGradient:
     """Gradients of sums over the micro-batches of a step, and what they are to be divided by."""
 

@@ -329,5 +329,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"commands: {len(lines) - pending} held, {pending} pending")
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
     properties = [named for report in reports for named in report.user_properties]
+    counts = [value for name, value in properties if name == "malformed"]
+    if counts:
+        terminalreporter.write_line(f"malformed inputs: {sum(counts)} of {len(counts)} kinds, all reported")
     for line in golden_summary(value for name, value in properties if name == "golden"):
         terminalreporter.write_line(line)

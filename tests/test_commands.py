@@ -1,6 +1,7 @@
 """The command line as an executable contract: tests/commands/*.txt, see the README there."""
 
 import importlib
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -8,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from data import prepare
+from launch import runs
 from models.nest import NEST
 
 FOLDER = Path(__file__).parent / "commands"
@@ -97,15 +100,19 @@ def test_command(
     (in_tmp / "demo_data").symlink_to(corpus)
     if "unet" in command.text:
         (in_tmp / "demo_photos").symlink_to(request.getfixturevalue("photos"))
+    if "launch.runs" in command.text:
+        (in_tmp / "runs").symlink_to(request.getfixturevalue("trained"))
     made = {"run": "trained", "echo_run": "trained_echo", "nest_run": "trained_nest", "unet_run": "trained_unet"}
     made |= {"recordings": "recordings", "archive": "nemo_archive", "photos": "photos"}
     named = {place for place in made if f"{{{place}}}" in " ".join([command.text, *sum(command.replacements, ())])}
     places = {place: request.getfixturevalue(made[place]) for place in named}
-    python, name, *arguments = command.argv(corpus=corpus, tmp=in_tmp, **places)
+    argv = command.argv(corpus=corpus, tmp=in_tmp, **places)
+    if argv[0] == "torchrun":
+        argv = ["python", *under_torchrun(argv[1:], request.getfixturevalue("monkeypatch"))]
+    python, name, *arguments = argv
     assert python == "python"
     if name == "-m":
-        assert arguments.pop(0) == "data.prepare"
-        code = prepare.main(arguments)
+        code = {"data.prepare": prepare.main, "launch.runs": runs.main}[arguments.pop(0)](arguments)
         shown = capsys.readouterr()
         assert code == command.code and all(line in shown.out + shown.err for line in command.expected), shown
         return
@@ -121,13 +128,28 @@ def test_command(
         assert not left, "a run that never began leaves no directory behind"
 
 
+def under_torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The script and its arguments, in the environment of the first process that torchrun would start.
+
+    A dry run joins no other process; tests/faults/test_launch.py starts them.
+    """
+    flags = list(itertools.takewhile(lambda word: word.startswith("-"), words))
+    given = get_args_parser().parse_args([*flags, "train.py"])
+    processes = int(given.nproc_per_node)
+    sizes = {"WORLD_SIZE": processes * int(given.nnodes), "LOCAL_WORLD_SIZE": processes, "RANK": 0, "LOCAL_RANK": 0}
+    named = {"TORCHELASTIC_RUN_ID": given.rdzv_id, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    for name, value in (sizes | named).items():
+        monkeypatch.setenv(name, str(value))
+    return words[len(flags) :]
+
+
 def test_every_command_of_the_documents_is_held() -> None:
     held = {re.sub(r"\s+", " ", command.text) for command in COMMANDS}
     for document in [ROOT / "README.md"]:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 text = re.sub(r"\s+", " ", line.partition("  #")[0]).strip()
-                if re.match(r"python (\w+\.py|-m data)", text):
+                if re.match(r"python (\w+\.py|-m (data|launch))", text):
                     assert text in held, f"{document.name}: no line in tests/commands holds: {text}"
 
 

@@ -1,6 +1,10 @@
 """A tiny system, its data with a position, and a Trainer without noise, for the tests of callbacks."""
 
+import errno
+import io
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +135,48 @@ def tiny() -> Any:
     return SimpleNamespace(
         Tiny=Tiny, Data=Data, make_trainer=make_trainer, num_batches=NUM_BATCHES, num_val_batches=NUM_VAL_BATCHES
     )
+
+
+class Disk:
+    """While `left` is a number, files opened for writing take so many bytes, of all together; then the disk is full."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+
+    def open(self, path: Path, mode: str) -> Any:
+        disk = self
+
+        class Raw(io.FileIO):
+            def write(self, data: Any) -> int:
+                view = memoryview(data).cast("B")
+                if disk.left is None:
+                    return super().write(view) or 0
+                taken = min(len(view), disk.left)
+                disk.left -= super().write(view[:taken]) or 0
+                if taken < len(view):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return taken
+
+        return Raw(path, mode.replace("b", ""))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """A disk that can be made full: what `Path.open` and `Path.write_text` write."""
+    found, real = Disk(), Path.open
+
+    def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        writing = any(letter in mode for letter in "wa+")
+        raw = found.open(path, mode if "b" in mode else f"{mode}b") if writing and found.left is not None else None
+        if raw is None:
+            return real(path, mode, *args, **kwargs)
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "write_text", lambda path, text, **_: _write(opened(path, "w"), text))
+    return found
+
+
+def _write(file: Any, text: str) -> None:
+    with file:
+        file.write(text)

@@ -245,6 +245,24 @@ def test_signals_that_the_platform_lacks_are_left_out(
     assert step_of(tmp_path) == 1
 
 
+def test_after_training_the_callers_handlers_are_at_work(tmp_path: Path, tiny: Any) -> None:
+    """In a test nothing is left to save; Lightning's own handler does not stand in front of the caller's."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        trainer = tiny.make_trainer(tmp_path, [GracefulStop(), Kill("on_test_batch_start")], max_steps=1)
+        trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
+        assert signal.getsignal(signal.SIGTERM) is leave
+        with pytest.raises(SystemExit) as stop:
+            trainer.test(trainer.lightning_module, datamodule=tiny.Data(), verbose=False)
+        assert stop.value.code == 143 and not trainer.received_sigterm
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_saves_after_all_other_callbacks(tmp_path: Path, tiny: Any) -> None:
     best = ModelCheckpoint(dirpath=tmp_path)
     graceful, other = GracefulStop(), Kill("on_fit_end", call=99)

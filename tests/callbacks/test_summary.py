@@ -89,18 +89,20 @@ def test_without_monitor_and_with_values_that_json_lacks(tmp_path: Path, tiny: A
     assert summary["cpu_s"] is None and summary["step_s"] is None and summary["cpu_load"] is None
 
 
-@pytest.mark.parametrize(("fault", "status"), [("signal", "stopped"), ("error", "failed")])
+@pytest.mark.parametrize(("fault", "status"), [("signal", "stopped"), ("exit", "stopped"), ("error", "failed")])
 def test_status(tmp_path: Path, tiny: Any, fault: str, status: str) -> None:
     class Fault(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
             if fault == "error":
                 raise ArithmeticError
+            if fault == "exit":  # a signal where no GracefulStop is at work
+                raise SystemExit(143)
             if trainer.global_step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     trainer = tiny.make_trainer(tmp_path, [Monitor(), Summary(), GracefulStop(), Fault()], max_epochs=-1, max_steps=9)
     try:
         trainer.fit(tiny.Tiny(), datamodule=tiny.Data())
-    except ArithmeticError:
-        assert fault == "error"
+    except (ArithmeticError, SystemExit):
+        assert fault != "signal"
     assert read(tmp_path)["status"] == status

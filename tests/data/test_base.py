@@ -206,7 +206,7 @@ def test_the_position_in_the_checkpoint(tmp_path):
     }
     for name, (epoch, batch) in expected.items():
         state = torch.load(paths[name], weights_only=True)["PointData"]
-        assert state == {"epoch": epoch, "batch": batch, "items": batch * BATCH_SIZE}, name
+        assert state == {"epoch": epoch, "batch": batch, "items": batch * BATCH_SIZE, "together": BATCH_SIZE}, name
 
 
 def test_validation_items_are_fixed(tmp_path):
@@ -215,6 +215,7 @@ def test_validation_items_are_fixed(tmp_path):
 
 
 def test_another_batch_size_repeats_nothing(tmp_path, caplog):
+    caplog.set_level("INFO")
     _, _, paths = fit(tmp_path, limit_val_batches=0)
     first = {tuple(item[:2]) for item in torch.tensor(fit(limit_val_batches=0)[0].seen[0][3]).tolist()}
     data = PointData(seed=1, loader={"num_workers": 0})

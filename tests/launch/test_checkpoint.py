@@ -158,13 +158,34 @@ def test_written_whole_or_not_at_all(in_tmp: Path, monkeypatch: pytest.MonkeyPat
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
+    def killed(content, file) -> None:
+        file.write(b"half of it")
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")  # torch raises it anywhere
+
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    io.save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
+    assert str(io.failure).startswith("checkpoints/last.ckpt could not be written (No space left on device): ")
+    assert "the one before has 0.0 MiB" in str(io.failure)
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
         io.save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
     monkeypatch.undo()
     assert read_checkpoint(path)["state_dict"]["w"].sum() == 3, "the earlier one is still valid"
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    (path.parent / "best.ckpt.tmp").write_bytes(b"of a killed run")
     remove_leftovers(path.parent)
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_an_archive_that_does_not_fit_costs_no_checkpoint(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def half(path: Path) -> None:
+        path.with_name(path.name + ".tmp").write_bytes(b"half")
+        raise OSError(122, "Disk quota exceeded")
+
+    io = RunCheckpointIO({"git": ""}, half)
+    io.save_checkpoint({"state_dict": {}}, in_tmp / "checkpoints" / "best.ckpt")
+    assert io.failure is None and "checkpoints/best.nemo could not be written (Disk quota exceeded)" in caplog.text
+    assert [file.name for file in (in_tmp / "checkpoints").iterdir()] == ["best.ckpt"]
 
 
 def test_resume_takes_the_newest_that_opens(last: Path, in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:

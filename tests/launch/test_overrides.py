@@ -29,10 +29,10 @@ def test_flags_may_stand_anywhere() -> None:
     assert command_line.prepare(prepared, "train") == prepared, "children of a distributed run start from the result"
 
 
-def test_values_with_an_equals_sign_are_quoted() -> None:
-    typed = ["ckpt_path=a--val_loss=1.2.ckpt", "x='a=b'", "x=[a=b]", "model.lr=1,2", "checkpoint=a=b", "y"]
+def test_values_that_hydra_would_refuse_are_quoted() -> None:
+    typed = ["ckpt_path=a--val_loss=1.2.ckpt", "x='a=b'", "x=[a=b]", "model.lr=1,2", "checkpoint=a=b", "y", "z=größe#1"]
     prepared = command_line.prepare(["model=conv_tasnet", *typed], "train")[1:]
-    assert prepared == ["ckpt_path='a--val_loss=1.2.ckpt'", *typed[1:4], "ckpt_path='a=b'", "y"]
+    assert prepared == ["ckpt_path='a--val_loss=1.2.ckpt'", *typed[1:4], "ckpt_path='a=b'", "y", "z='größe#1'"]
     assert command_line.prepare(["model=conv_tasnet", *prepared], "train")[1:] == prepared
 
 

@@ -116,3 +116,31 @@ def test_everything_of_a_run_is_in_its_directory(trained: Path) -> None:
     assert {"val_si_sdri", "test_si_sdri"} <= set(summary["metrics"])
     assert summary["steps"] == 4
     assert (trained / summary["best_checkpoint"]).is_file()
+
+
+def test_a_refused_run_that_made_no_step_is_discarded(in_tmp: Path) -> None:
+    def begun(name: str, steps: int | None = None) -> Path:
+        folder = in_tmp / "runs" / "x" / name
+        (folder / ".hydra").mkdir(parents=True)
+        for file in ("train.log", "command.sh", "environment.txt", "events.out.tfevents.1.host"):
+            (folder / file).touch()
+        (folder / "summary.json").write_text(json.dumps({"steps": steps}))
+        return folder
+
+    for steps in (0, None):
+        discard_if_unused(begun("1", steps), refused=True)
+        assert not any(in_tmp.iterdir())
+    kept = [begun("2", 3), holding(begun("3")), begun("4")]
+    (kept[2] / "notes.txt").touch()
+    for folder in kept:
+        discard_if_unused(folder, refused=True)
+    failed = begun("5")
+    discard_if_unused(failed)
+    assert all(folder.is_dir() for folder in [*kept, failed]), "what another wrote, and the log of a failure, stay"
+
+
+def test_a_mistake_in_any_manifest_leaves_no_directory(script, corpus: Path, in_tmp: Path) -> None:
+    named = [f"data.{part}_manifest={corpus / part}.jsonl" for part in ("train", "val", "test")]
+    done = script("train", ["model=conv_tasnet", *named, "data.val_noise_manifest=none.jsonl"])
+    assert done.code == 2 and "none.jsonl: no such manifest" in done.err
+    assert not any(in_tmp.iterdir())
