@@ -27,7 +27,7 @@ test-slow: $(VENV)/.run $(VENV)/.demo $(VENV)/.test    ## tests that take minute
 	$(BIN)/python -m pytest -m slow --durations=15
 
 test-faults: $(VENV)/.run $(VENV)/.demo $(VENV)/.test  ## killed processes, several ranks, damaged files
-	$(BIN)/python -m pytest -n 2 -m faults --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults --durations=15
 
 test-gpu: $(VENV)/.run $(VENV)/.demo $(VENV)/.test     ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu --durations=15

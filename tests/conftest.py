@@ -24,6 +24,7 @@ from PIL import Image
 
 from data.manifest import write_manifest
 from launch import job
+from tests.faults.summary import summary as faults_summary
 from tests.golden_suite.suite import summary as golden_summary
 
 RATE = 8000
@@ -318,7 +319,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Commands of tests/commands that are held and that wait for their issue; golden cases and their errors."""
+    """Commands of tests/commands that are held and that wait for their issue; golden cases and their errors; faults."""
     lines = [
         line
         for file in sorted((Path(__file__).parent / "commands").glob("*.txt"))
@@ -332,5 +333,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = [value for name, value in properties if name == "malformed"]
     if counts:
         terminalreporter.write_line(f"malformed inputs: {sum(counts)} of {len(counts)} kinds, all reported")
-    for line in golden_summary(value for name, value in properties if name == "golden"):
+    for line in (*golden_summary(value for name, value in properties if name == "golden"), *faults_summary(properties)):
         terminalreporter.write_line(line)

@@ -289,7 +289,6 @@ def test_kills(
     in_tmp: Path,
     system: str,
     processes: int,
-    capsys: pytest.CaptureFixture,
     record_property: Any,
 ) -> None:
     began = time.monotonic()
@@ -337,10 +336,9 @@ def test_kills(
     finish(start(arguments))
     (run,) = {file.parent.parent for file in runs.glob("*/checkpoints/*.ckpt")}
 
-    record_property("kills", (f"{system}, {processes}", {k: n for k, n in hits.items() if not k.startswith("SIG")}))
-    with capsys.disabled():
-        print(f"\n{system}, {processes}: {sum(hits.values())} attempts, {time.monotonic() - began:.0f} s")
-        print("\n".join(report))
+    record_property("kills", {place: times for place, times in hits.items() if not place.startswith("SIG")})
+    took = f"{sum(hits.values())} attempts, {time.monotonic() - began:.0f} s"
+    record_property("lines", [f"{system}, {processes}: {took}", *report])
     actual = result(run)
     for name, value in expected.items():
         assert_same(actual[name], value, name)

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -61,19 +62,29 @@ class Launched:
         return [int(step) for step in re.findall(r"^epoch \d+  step (\d+)/", self.output, re.MULTILINE)]
 
     def ranks(self) -> list[psutil.Process]:
-        """Processes of train.py below the first one; loader workers are forked and look the same, but are theirs."""
-        try:
-            below = psutil.Process(self.process.pid).children()
-            return [child for child in below if any("train.py" in word for word in child.cmdline())]
-        except psutil.NoSuchProcess:
-            return []
+        """Processes that a launcher has started below the first one, by what they were told. Not loader workers, and
+        no helper that is about to be executed: both look like the process they were forked from."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if "LOCAL_RANK" in child.environ():
+                        found.append(child)
+        return found
+
+    def demand(self, held: bool, otherwise: str) -> None:
+        """What does not hold ends the processes, too: the tests to come need the machine."""
+        if not held:
+            for member in self.alive():
+                member.kill()
+            raise AssertionError(f"{otherwise}:\n{self.output}")
 
     def wait_until(self, reached: "Callable[[Launched], bool]", limit_s: float = 120) -> None:
         until = time.monotonic() + limit_s
         while not reached(self):
             self.read()
-            assert self.process.poll() is None, f"ended before the moment:\n{self.output}"
-            assert time.monotonic() < until, f"the moment did not come:\n{self.output}"
+            self.demand(self.process.poll() is None, "ended before the moment")
+            self.demand(time.monotonic() < until, "the moment did not come")
             time.sleep(0.002)
         self.read()
 
@@ -92,7 +103,7 @@ class Launched:
         began = time.monotonic()
         while self.process.poll() is None:
             self.read()
-            assert time.monotonic() - began < limit_s, f"hangs:\n{self.output}"
+            self.demand(time.monotonic() - began < limit_s, "hangs")
             time.sleep(0.02)
         while (left := self.alive()) and time.monotonic() - began < limit_s + GONE_S:
             time.sleep(0.05)
@@ -201,14 +212,6 @@ def cell_name(cell: tuple) -> str:
     return f"{launch}, {who}, {what if what == TWICE else what.name}, {moment.__name__}"
 
 
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    lines: list[str] = []
-    yield lines
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{'cell':<44} code  step  left  s until gone", *lines, sep="\n")
-
-
 def expected_code(launch: str, number: int) -> int:
     if launch == "torchrun":  # which knows nothing of SIGUSR1 itself; its processes hear of its end
         return -USR1 if number == USR1 else 1
@@ -216,7 +219,7 @@ def expected_code(launch: str, number: int) -> int:
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
-def test_told(cell: tuple, manifests: list[str], in_tmp: Path, table: list[str]) -> None:
+def test_told(cell: tuple, manifests: list[str], in_tmp: Path, record_property: Any) -> None:
     launch, who, what, moment = cell
     number = INT if what == TWICE else what
     run = start(launch, manifests)
@@ -227,7 +230,7 @@ def test_told(cell: tuple, manifests: list[str], in_tmp: Path, table: list[str])
         run.tell(number, who)
     code, took_s, left = run.end()
     step = read_checkpoint(LAST)["global_step"] if LAST.exists() else None
-    table.append(f"{cell_name(cell):<44} {code:>4} {step if step else '-':>5} {len(left):>5} {took_s:>13.1f}")
+    record_property("cell", f"{cell_name(cell):<44} {code:>4} {step or '-':>5} {len(left):>5} {took_s:>13.1f}")
     assert code == expected_code(launch, number), run.output
     assert not left, f"left behind: {left}\n{run.output}"
     assert not list(Path.cwd().rglob("*.tmp"))
@@ -245,14 +248,14 @@ def test_told(cell: tuple, manifests: list[str], in_tmp: Path, table: list[str])
 
 @pytest.mark.parametrize("who", ["main", "rank 1"])
 @pytest.mark.parametrize("moment", [rank_imports, trains, validates], ids=lambda moment: moment.__name__)
-def test_killed(moment: Callable, who: str, manifests: list[str], in_tmp: Path, table: list[str]) -> None:
+def test_killed(moment: Callable, who: str, manifests: list[str], in_tmp: Path, record_property: Any) -> None:
     """As the system does when memory runs out: the others end too."""
     run = start("two", manifests)
     run.wait_until(moment)
     run.tell(signal.SIGKILL, who)
     code, took_s, left = run.end()
     name = f"two, {who}, SIGKILL, {moment.__name__}"
-    table.append(f"{name:<44} {code:>4} {'-':>5} {len(left):>5} {took_s:>13.1f}")
+    record_property("cell", f"{name:<44} {code:>4} {'-':>5} {len(left):>5} {took_s:>13.1f}")
     assert not left, f"left behind: {left}\n{run.output}"
     assert "Traceback" not in run.output
     if who == "main":

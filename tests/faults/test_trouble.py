@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,11 +58,12 @@ def small_disk(kilobytes: int) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("chosen", ["stop", "continue"])
-def test_disk_full(command: list[str], alone: dict, in_tmp: Path, chosen: str, capsys: pytest.CaptureFixture) -> None:
+def test_disk_full(command: list[str], alone: dict, in_tmp: Path, chosen: str, record_property: Any) -> None:
     disk = small_disk(2000)
     Path("kept").mkdir()
-    with capsys.disabled():
-        print(" (a small tmpfs) " if disk else " (mounting is refused: a writer that raises ENOSPC) ", end="")
+    record_property(
+        "lines", [f"disk full: {'a small tmpfs' if disk else 'mounting is refused: a writer raises ENOSPC'}"]
+    )
     more = [*command, "exp_manager.version=x", f"exp_manager.on_full_disk={chosen}"]
     done = run(*more, trouble="disk:0:5", prefix=disk)
     runs = Path("kept" if disk else "runs") / "conv_tasnet" / "x"
