@@ -43,9 +43,9 @@ clean:          ## remove .venv (runs and data stay)
 $(BIN)/python:
 	$(PYTHON) -m venv $(if $(filter skip,$(TORCH)),--system-site-packages) $(VENV)
 
-$(VENV)/.run: requirements.txt requirements-torch.txt | $(BIN)/python
+$(VENV)/.run: requirements.txt | $(BIN)/python
 ifeq ($(TORCH),skip)
-	grep -v requirements-torch.txt requirements.txt > $(VENV)/requirements.txt
+	grep -vE '^torch(audio|vision)?==' requirements.txt > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

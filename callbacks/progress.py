@@ -74,7 +74,8 @@ class Progress(TQDMProgressBar):
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):  # summed where it is: reading it would wait for the device
-            self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
+            whole = loss.detach() * trainer.accumulate_grad_batches  # Lightning hands out a part for each micro-batch
+            self._loss_sum = whole if self._loss_sum is None else self._loss_sum + whole
             self._losses += 1
         if trainer.global_step - self._line_at_step >= self.every_n_steps:
             self._line_at_step = trainer.global_step

@@ -42,7 +42,10 @@ def test_lines_of_text(
     assert not captured.out and "it/s" not in captured.err  # no bar
 
 
-def test_loss_is_the_mean_since_the_last_line(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("micro_batches", "per_line"), [(1, 2), (2, 3)])  # of two, an epoch's last step has but one
+def test_loss_is_the_mean_since_the_last_line(
+    micro_batches: int, per_line: int, tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="progress")
     losses: list[float] = []
 
@@ -52,9 +55,12 @@ def test_loss_is_the_mean_since_the_last_line(tmp_path: Path, tiny: Any, caplog:
             losses.append(loss.item())
             return loss
 
-    tiny.make_trainer(tmp_path, [Progress(every_n_steps=2)]).fit(Noted(), datamodule=tiny.Data())
+    trainer = tiny.make_trainer(tmp_path, [Progress(every_n_steps=2)], accumulate_grad_batches=micro_batches)
+    trainer.fit(Noted(), datamodule=tiny.Data())
     shown = [float(re.search(r"loss (\S+)", line)[1]) for line in lines(caplog) if "lr" in line]  # type: ignore[index]
-    assert shown == [pytest.approx(sum(losses[i : i + 2]) / 2, rel=1e-3) for i in (0, 2, 4)]
+    assert shown == [
+        pytest.approx(sum(losses[i : i + per_line]) / per_line, rel=1e-3) for i in range(0, len(losses), per_line)
+    ]
 
 
 def test_endless_training_says_no_end(tmp_path: Path, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
