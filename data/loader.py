@@ -14,10 +14,12 @@ Decisions that are not obvious
 """
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.checks import whole_number
+from data.worker_folder import worker_folder
 
 _MAX_WORKERS = 8
 _GRACE_S = 30  # seconds that a worker lives on after SIGTERM; the grace period of SLURM and Kubernetes
@@ -139,7 +142,7 @@ def make_loader(
         sampler=sampler,
         drop_last=bool(getattr(sampler, "drop_last", False)),
         collate_fn=collate_fn,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=functools.partial(_prepare_worker, worker_folder() if settings["num_workers"] else None),
         generator=torch.Generator(),
         **settings,
     )
@@ -153,8 +156,10 @@ class _Loader(DataLoader):
         return batches if receive is None else map(receive, batches)
 
 
-def _prepare_worker(worker: int) -> None:
-    """Leave the end of the run to the main process (see the head of this file)."""
+def _prepare_worker(folder: str | None, worker: int) -> None:
+    """Leave the end of the run to the main process (see the head of this file). *folder*: for temporary files."""
+    if folder is not None:
+        tempfile.tempdir = folder
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
