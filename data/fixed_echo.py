@@ -1,7 +1,8 @@
 """Echo recordings that were made once and for all: real ones, or synthetic ones of others (AEC-Challenge).
 
 Decisions that are not obvious
-* Signals are given as they were recorded: no level is set, nothing is aligned. A recording is what a device heard.
+* Signals are given as they were recorded: no level is set, nothing is aligned. A recording is what a device heard. Only
+  the clean signal is multiplied with the row's `clean_scale`, for corpora that keep it at another level.
 * Far-end single talk without a clean file has silence for a target. What remains of real double talk nobody knows: its
   target is zeros, and `has_target` is False.
 * Microphone, far end and clean signal are cut at the same samples, those that all of them have. Files that differ by
@@ -99,6 +100,8 @@ class FixedEchoDataset(Dataset):
         row = self.rows[index]
         signals = self._read(row, np.random.default_rng([self.seed, epoch, index]))
         length = len(signals["mic_filepath"])
+        if "clean_filepath" in signals:
+            signals["clean_filepath"] = signals["clean_filepath"] * row.get("clean_scale", 1.0)
         missing = 0 if self.num_samples is None else self.num_samples - length
         silence = torch.zeros(length)
         mic, far, target = (pad(signals.get(file, silence), (0, missing)) for file in ECHO_FILES)
