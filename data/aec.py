@@ -21,6 +21,7 @@ from data.fixed_echo import FixedEchoDataset, longest_delay_ms
 from data.loudspeaker import Loudspeaker
 from data.manifest import TALKER_KEYS, is_echo, is_mixture
 from data.ranges import Range
+from data.recorded_echoes import RecordedEchoes
 from data.rooms import MeasuredRooms, RoomSettings, ShoeboxRooms
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ class EchoData(SystemData):
         noise_manifest, val_noise_manifest, test_noise_manifest: recordings of noise for each stage; None: no noise.
         rir_manifest, val_rir_manifest, test_rir_manifest: measured responses (rows with `room`) for each stage, see
             `MeasuredRooms`; None: made rooms only.
-        scenario_weights, rir_p, snr_db, noise_p, far_snr_db, far_noise_p, ser_db, level_db, far_level_db,
-        near_end_far_p, far_dropout_p, far_dropout_ms, clip_p, clip_db, target_ms: see `EchoMixing`.
+        recorded_echo_manifest, val_recorded_echo_manifest, test_recorded_echo_manifest: recordings of far-end single
+            talk for each stage, see `RecordedEchoes`; None: made echoes only.
+        scenario_weights, rir_p, recorded_echo_p, snr_db, noise_p, far_snr_db, far_noise_p, ser_db, level_db,
+        far_level_db, near_end_far_p, far_dropout_p, far_dropout_ms, clip_p, clip_db, target_ms: see `EchoMixing`.
         nonlinear_p, speaker_clip, speaker_soft_clip_p, speaker_distortion, speaker_highpass_hz, speaker_lowpass_hz,
             speaker_response_db: see `Loudspeaker`.
         delay_ms, delay_jump_p, delay_jump_ms, drift_ppm, path_change_p, path_change_fade_ms, gain_step_p,
@@ -111,6 +114,10 @@ class EchoData(SystemData):
         val_rir_manifest: str | None = None,
         test_rir_manifest: str | None = None,
         rir_p: float = 0.5,
+        recorded_echo_manifest: str | None = None,
+        val_recorded_echo_manifest: str | None = None,
+        test_recorded_echo_manifest: str | None = None,
+        recorded_echo_p: float = 0.5,
         delay_ms: Range = (0.0, 150.0),
         delay_jump_p: float = 0.0,
         delay_jump_ms: Range = (-50.0, 50.0),
@@ -169,7 +176,16 @@ class EchoData(SystemData):
         }
         self.noise_manifests = {"train": noise_manifest, "val": val_noise_manifest, "test": test_noise_manifest}
         self.rir_manifests = {"train": rir_manifest, "val": val_rir_manifest, "test": test_rir_manifest}
-        for key, manifests in (("noise_manifest", self.noise_manifests), ("rir_manifest", self.rir_manifests)):
+        self.recorded_manifests = {
+            "train": recorded_echo_manifest,
+            "val": val_recorded_echo_manifest,
+            "test": test_recorded_echo_manifest,
+        }
+        for key, manifests in (
+            ("noise_manifest", self.noise_manifests),
+            ("rir_manifest", self.rir_manifests),
+            ("recorded_echo_manifest", self.recorded_manifests),
+        ):
             for stage, value in manifests.items():
                 if not isinstance(value, str | None):
                     typed = key if stage == "train" else f"{stage}_{key}"
@@ -206,13 +222,16 @@ class EchoData(SystemData):
         longest_ms = self.path.largest_delay_ms(max(self.segments_s.values()))
         self._warn_of_delays(longest_ms + self.room_settings.largest_direct_ms(), "data.delay_ms")
         noise_manifest, rir_manifest = self.noise_manifests[stage], self.rir_manifests[stage]
-        measured = None
+        recorded_manifest = self.recorded_manifests[stage]
+        measured = recorded = None
         if rir_manifest is not None:
             measured = MeasuredRooms(
                 self.read_rows(rir_manifest, required=TALKER_KEYS),
                 sample_rate=self.sample_rate,
                 rir_s=self.room_settings.rir_s,
             )
+        if recorded_manifest is not None:
+            recorded = RecordedEchoes(self.read_rows(recorded_manifest), sample_rate=self.sample_rate)
         return EchoDataset(
             rows,
             num_items=self.num_examples[stage],
@@ -222,6 +241,7 @@ class EchoData(SystemData):
             path=self.path,
             rooms=ShoeboxRooms(self.room_settings, **common),
             measured=measured,
+            recorded=recorded,
             noise_rows=None if noise_manifest is None else self.read_rows(noise_manifest, required=TALKER_KEYS),
             **common,
             **self.cache,

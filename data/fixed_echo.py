@@ -55,6 +55,30 @@ def common_samples(row: Mapping[str, Any]) -> tuple[int, int]:
     return recordings[0][1], common_length(recordings)
 
 
+def read_part(
+    row: Mapping[str, Any], rng: np.random.Generator, *, sample_rate: int, num_samples: int | None
+) -> dict[str, Tensor]:
+    """A random part of a row, the same of all its files, by their keys; all of it where it is shorter, or for None.
+
+    Shape:
+        Each `(T,)`, T <= num_samples.
+
+    Raises:
+        AudioError: a file cannot be read, or they differ in sample rate or length.
+    """
+    rate, num_frames = common_samples(row)
+    available = max(1, num_frames * sample_rate // rate)
+    count = available if num_samples is None else min(num_samples, available)
+    start = int(rng.integers(available - count + 1))
+    part: dict[str, Any] = {
+        "offset_s": row.get("offset", 0.0) + start / sample_rate,
+        "duration_s": count / sample_rate,
+    }
+    signals = {key: read_audio(row[key], sample_rate=sample_rate, **part) for key in ECHO_FILES if key in row}
+    shortest = min(map(len, signals.values()))  # an offset between two samples may have cost one at the end
+    return {key: signal[:shortest] for key, signal in signals.items()}
+
+
 class FixedEchoDataset(Dataset):
     """Item `(index, epoch)`: row `index` of the manifest, whole, or a random crop of it, the same in all its files.
 
@@ -98,7 +122,8 @@ class FixedEchoDataset(Dataset):
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
         index, epoch = item_key(key, len(self))
         row = self.rows[index]
-        signals = self._read(row, np.random.default_rng([self.seed, epoch, index]))
+        rng = np.random.default_rng([self.seed, epoch, index])
+        signals = read_part(row, rng, sample_rate=self.sample_rate, num_samples=self.num_samples)
         length = len(signals["mic_filepath"])
         if "clean_filepath" in signals:
             signals["clean_filepath"] = signals["clean_filepath"] * row.get("clean_scale", 1.0)
@@ -121,18 +146,6 @@ class FixedEchoDataset(Dataset):
             "snr_db": torch.tensor(snr_db),
             "name": row.get("id") or Path(row["mic_filepath"]).stem,
         }
-
-    def _read(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The same part of all files of a row, each `(T,)`."""
-        rate, num_frames = common_samples(row)
-        available = max(1, num_frames * self.sample_rate // rate)
-        count = available if self.num_samples is None else min(self.num_samples, available)
-        start = int(rng.integers(available - count + 1))
-        offset_s = row.get("offset", 0.0) + start / self.sample_rate
-        part: dict[str, Any] = {"offset_s": offset_s, "duration_s": count / self.sample_rate}
-        signals = {key: read_audio(row[key], sample_rate=self.sample_rate, **part) for key in ECHO_FILES if key in row}
-        shortest = min(map(len, signals.values()))  # an offset between two samples may have cost one at the end
-        return {key: signal[:shortest] for key, signal in signals.items()}
 
 
 def _has_echo(row: Mapping[str, Any]) -> bool:

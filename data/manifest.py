@@ -90,7 +90,8 @@ def read_manifest(
 
 def place_of(row: Mapping[str, Any]) -> str:
     """A row of recordings or images in a message: its line and its file, "train.jsonl, line 12: /speech/a.wav"."""
-    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath", "image_filepath") if row.get(key))
+    keys = (LINE_KEY, "audio_filepath", "mic_filepath", "image_filepath")
+    return ": ".join(str(row[key]) for key in keys if row.get(key))
 
 
 def write_manifest(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
