@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from data.audio import audio_info, common_length, read_audio
 from data.echo_scenarios import SCENARIOS, collate_echo
 from data.sampler import ItemKey, item_key
+from data.stft_cache import SpectrumCache
 
 ECHO_FILES = ("mic_filepath", "farend_filepath", "clean_filepath")
 _UNKNOWN = -1  # delay, or moment at which the echo path changes
@@ -90,12 +91,14 @@ class FixedEchoDataset(Dataset):
         sample_rate: rate of the signals in Hz.
         segment_s: length of a crop in seconds; None: whole recordings.
         seed: see above.
+        spectra: keeps the spectra of whole recordings; None: an item has none.
 
     Shape:
         An item is {"mic", "far", "target": float32 `(T,)`, "has_target": bool `()`, "length": int64 `()` samples,
         "scenario": int64 `()`, index in SCENARIOS, "delay_samples": float32 `()`, -1 where it is unknown or there is
         no echo, "path_change_sample": int64 `()`, always -1, "ser_db", "snr_db": float32 `()`, NaN where unknown, inf
-        where there is no echo, -inf where there is no near end, "name": str}.
+        where there is no echo, -inf where there is no near end, "name": str}, and from `spectra` "mic_spectrum",
+        "far_spectrum": float32 `(F, frames, 2)`.
 
     Raises:
         AudioError: from an item, when a file cannot be read, or its files differ in length or sample rate.
@@ -110,8 +113,12 @@ class FixedEchoDataset(Dataset):
         sample_rate: int,
         segment_s: float | None = None,
         seed: int = 0,
+        spectra: SpectrumCache | None = None,
     ) -> None:
+        if spectra is not None and segment_s is not None:
+            raise ValueError("spectra are kept of whole recordings, not of crops: segment_s must be None")
         self.rows = rows
+        self.spectra = spectra
         self.sample_rate = sample_rate
         self.num_samples = None if segment_s is None else round(segment_s * sample_rate)
         self.seed = seed
@@ -133,10 +140,12 @@ class FixedEchoDataset(Dataset):
         scenario = row["scenario"]
         delay = row["delay_ms"] * self.sample_rate / 1000 if _has_echo(row) and "delay_ms" in row else _UNKNOWN
         ser_db, snr_db = _RATIOS_DB[scenario]
+        spectra = {} if self.spectra is None else self.spectra.spectra(row, mic=mic, far=far)
         return {
             "mic": mic,
             "far": far,
             "target": target,
+            **spectra,
             "has_target": torch.tensor("clean_filepath" in row or scenario == "far_end"),
             "length": torch.tensor(length),
             "scenario": torch.tensor(SCENARIOS.index(scenario)),
