@@ -24,7 +24,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ _FULLBAND = {
     "clean_filepath": "target",
     "echo_filepath": "echo",
 }
+_REAL = {"mic_filepath": "mic", "farend_filepath": "lpb"}
 _FULLBAND_NAME = re.compile(r"(f\d+)_(?:mic|farend|echo|nearend|target)\.wav")
 _REAL_NAME = re.compile(
     r"(?P<recording>(?P<device>.+)_(?P<kind>doubletalk|farend[_-]singletalk|nearend[_-]singletalk|sweep)"
@@ -227,13 +227,10 @@ def _real(folder: Path, names: list[str]) -> list[Row]:
         for role in ("mic",) if scenario == "near_end" else ("mic", "lpb"):
             if role not in roles:
                 raise AudioError(f"{folder / some[0]}: its partner {recording}_{role}.wav is missing; fetch it too")
-        files = {key: folder / roles[role][0] for key, role in _REAL_ROLES.items() if role in roles}
+        files = {key: folder / roles[role][0] for key, role in _REAL.items() if role in roles}
         return {"id": inner + recording, "device": some["device"], "scenario": scenario, **_measured(files)}
 
     return leave_out_bad(sorted(recordings), make_row, where=folder)
-
-
-_REAL_ROLES = {"mic_filepath": "mic", "farend_filepath": "lpb"}
 
 
 def _without_tested(rows: list[Row], tests: Splits) -> list[Row]:
@@ -263,20 +260,19 @@ def _drawn(rows: list[Row], key: str, *, fraction: float) -> list[Row]:
 
 def _with_single_talk(row: Row, *, share: float) -> list[Row]:
     """A made double talk, and of a share of them far-end, of a share near-end single talk of the same files."""
-    row = dict(row)
-    echo = row.pop("echo_filepath", None)
-    rows, place = [row], _place(row["id"])
-    without = partial(_without, row)
+    place = _place(row["id"])
+    rows = [_other(row, without=("echo_filepath",))]
     if place < share:
-        rows.append(without("clean_filepath", "clean_scale") | {"scenario": "far_end", "mic_filepath": echo})
+        far = {"id": f"{row['id']}_far_end", "scenario": "far_end", "mic_filepath": row["echo_filepath"]}
+        rows.append(_other(row, without=("echo_filepath", "clean_filepath", "clean_scale"), **far))
     if 1 - place <= share:
-        near = without("farend_filepath", "clean_scale", "delay_ms")
-        rows.append(near | {"scenario": "near_end", "mic_filepath": row["clean_filepath"]})
-    return [rows[0], *(other | {"id": f"{row['id']}_{other['scenario']}"} for other in rows[1:])]
+        near = {"id": f"{row['id']}_near_end", "scenario": "near_end", "mic_filepath": row["clean_filepath"]}
+        rows.append(_other(row, without=("echo_filepath", "farend_filepath", "clean_scale", "delay_ms"), **near))
+    return rows
 
 
-def _without(row: Row, *keys: str) -> Row:
-    return {key: value for key, value in row.items() if key not in keys}
+def _other(row: Row, *, without: tuple[str, ...], **changes: str) -> Row:
+    return {key: value for key, value in (row | changes).items() if key not in without}
 
 
 def _place(name: str) -> float:

@@ -158,11 +158,11 @@ def test_a_run_scores_the_same_with_it(manifest: Path, corpus: Path, in_tmp: Pat
     typed = [*TINY_ECHO, f"data.train_manifest={corpus / 'train.jsonl'}", f"data.val_manifest={manifest}"]
     typed += [f"data.test_manifest={manifest}", "debug=fast", "data.eval_batch_size=2"]
     metrics = []
-    for name, cache in (("without", "null"), ("first", "kept"), ("second", "kept")):
+    for name, cache in (("without", "null"), ("with", "kept")):
         done = script("train", ["model=deepvqe", *typed, f"exp_manager.version={name}", f"data.stft_cache={cache}"])
         assert done.code == 0, done.text
         metrics.append(json.loads((in_tmp / "runs" / "deepvqe" / name / "summary.json").read_text())["metrics"])
-    assert metrics[0] == metrics[1] == metrics[2] and {"val_loss", "test_si_sdri_double_talk"} <= metrics[0].keys()
+    assert metrics[0] == metrics[1] and {"val_loss", "test_si_sdri_double_talk"} <= metrics[0].keys()
     assert len(list((in_tmp / "kept").iterdir())) == len(LENGTHS)
     typed = ["ckpt_path=runs/deepvqe/without", f"data.test_manifest={manifest}", "data.stft_cache=other"]
     done = script("evaluate", typed)
