@@ -88,6 +88,8 @@ def read_clips(manifest: Path, sample_rate: int) -> list[Clip]:
             raise SystemExit(f"error: {manifest}: {row['id']}: kind={row['kind']}: none of {', '.join(_KINDS)}")
         keys = ("mic_filepath", "farend_filepath", "clean_filepath")
         mic, far, clean = (read_audio(row[k], sample_rate=sample_rate) if k in row else None for k in keys)
+        if clean is not None:
+            clean = clean * row.get("clean_scale", 1.0)
         clips.append(Clip(row["id"], kind, mic, far, clean))
     clean = {clip.name: clip.clean for clip in clips if clip.clean is not None}
     return clips + [Clip(f"{name}{_ALONE}", "alone", mic, torch.zeros_like(mic), None) for name, mic in clean.items()]

@@ -21,7 +21,9 @@ from data.fixed_echo import FixedEchoDataset, longest_delay_ms
 from data.loudspeaker import Loudspeaker
 from data.manifest import TALKER_KEYS, is_echo, is_mixture
 from data.ranges import Range
+from data.recorded_echoes import RecordedEchoes
 from data.rooms import MeasuredRooms, RoomSettings, ShoeboxRooms
+from data.stft_cache import SpectrumCache
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ class EchoData(SystemData):
 
     Batch: {"mic", "far", "target": `(B, T)`, "has_target", "length", "scenario", "delay_samples",
     "path_change_sample", "ser_db", "snr_db": `(B,)`, "name": list of B}, of examples made here also "near", "echo",
-    "noise": `(B, T)`; see `EchoDataset` and `FixedEchoDataset`.
+    "noise": `(B, T)`, with *stft_cache* of recordings "mic_spectrum", "far_spectrum": `(B, F, frames, 2)`; see
+    `EchoDataset` and `FixedEchoDataset`.
 
     Args:
         sample_rate: rate of all signals in Hz.
@@ -46,8 +49,10 @@ class EchoData(SystemData):
         noise_manifest, val_noise_manifest, test_noise_manifest: recordings of noise for each stage; None: no noise.
         rir_manifest, val_rir_manifest, test_rir_manifest: measured responses (rows with `room`) for each stage, see
             `MeasuredRooms`; None: made rooms only.
-        scenario_weights, rir_p, snr_db, noise_p, far_snr_db, far_noise_p, ser_db, level_db, far_level_db,
-        near_end_far_p, far_dropout_p, far_dropout_ms, clip_p, clip_db, target_ms: see `EchoMixing`.
+        recorded_echo_manifest, val_recorded_echo_manifest, test_recorded_echo_manifest: recordings of far-end single
+            talk for each stage, see `RecordedEchoes`; None: made echoes only.
+        scenario_weights, rir_p, recorded_echo_p, snr_db, noise_p, far_snr_db, far_noise_p, ser_db, level_db,
+        far_level_db, near_end_far_p, far_dropout_p, far_dropout_ms, clip_p, clip_db, target_ms: see `EchoMixing`.
         nonlinear_p, speaker_clip, speaker_soft_clip_p, speaker_distortion, speaker_highpass_hz, speaker_lowpass_hz,
             speaker_response_db: see `Loudspeaker`.
         delay_ms, delay_jump_p, delay_jump_ms, drift_ppm, path_change_p, path_change_fade_ms, gain_step_p,
@@ -57,6 +62,9 @@ class EchoData(SystemData):
         train_examples: examples per epoch.
         val_examples: validation examples; 0: no validation, of any kind.
         test_examples: test examples; 0: no test.
+        stft_cache: a folder that keeps the spectra of recordings that are read whole, in validation and test; None:
+            none. A DataError where the examples of these are made, or there are none.
+        stft, window: the transform of these spectra, as the system has it.
         cache: true, false, or auto: on for a stage whose recordings take no more than `cache_limit_mb`.
         cache_limit_mb: see `cache`; counted per stage and per loader worker.
 
@@ -111,6 +119,10 @@ class EchoData(SystemData):
         val_rir_manifest: str | None = None,
         test_rir_manifest: str | None = None,
         rir_p: float = 0.5,
+        recorded_echo_manifest: str | None = None,
+        val_recorded_echo_manifest: str | None = None,
+        test_recorded_echo_manifest: str | None = None,
+        recorded_echo_p: float = 0.5,
         delay_ms: Range = (0.0, 150.0),
         delay_jump_p: float = 0.0,
         delay_jump_ms: Range = (-50.0, 50.0),
@@ -130,6 +142,9 @@ class EchoData(SystemData):
         test_examples: int = 60,
         cache: bool | str = "auto",
         cache_limit_mb: float = 1024,
+        stft_cache: str | None = None,
+        stft: str | None = None,
+        window: str | None = None,
     ) -> None:
         keys = locals()
         super().__init__(
@@ -169,7 +184,16 @@ class EchoData(SystemData):
         }
         self.noise_manifests = {"train": noise_manifest, "val": val_noise_manifest, "test": test_noise_manifest}
         self.rir_manifests = {"train": rir_manifest, "val": val_rir_manifest, "test": test_rir_manifest}
-        for key, manifests in (("noise_manifest", self.noise_manifests), ("rir_manifest", self.rir_manifests)):
+        self.recorded_manifests = {
+            "train": recorded_echo_manifest,
+            "val": val_recorded_echo_manifest,
+            "test": test_recorded_echo_manifest,
+        }
+        for key, manifests in (
+            ("noise_manifest", self.noise_manifests),
+            ("rir_manifest", self.rir_manifests),
+            ("recorded_echo_manifest", self.recorded_manifests),
+        ):
             for stage, value in manifests.items():
                 if not isinstance(value, str | None):
                     typed = key if stage == "train" else f"{stage}_{key}"
@@ -180,6 +204,11 @@ class EchoData(SystemData):
             "cache": cache,
             "cache_limit_mb": number("cache_limit_mb", cache_limit_mb, least=0),
         }
+        if not isinstance(stft_cache, str | None) or stft_cache == "":
+            raise ValueError(f"stft_cache must be a folder, got {stft_cache!r}")
+        if stft_cache is not None and (stft is None or window is None):
+            raise ValueError("stft_cache needs stft and window: set data.stft and data.window to what the model has")
+        self.stft_cache, self.stft, self.window = stft_cache, stft, window
         self._warned: set[str] = set()
 
     def has_data(self, stage: str) -> bool:
@@ -190,6 +219,8 @@ class EchoData(SystemData):
         if rows is None:
             return None
         training = stage == "train"
+        if self.stft_cache is not None:
+            self._check_whole(("val", "test") if training else (stage,))
         common: dict[str, Any] = {"sample_rate": self.sample_rate, "seed": self.seeds[stage]}
         if is_mixture(rows[0]):
             raise DataError(
@@ -202,17 +233,25 @@ class EchoData(SystemData):
             self._warn_of_delays(longest_delay_ms(rows), str(self.manifests[stage]))
             if stage != "test":
                 self._check_targets(rows, f"data.{stage}_manifest={self.manifests[stage]}")
-            return FixedEchoDataset(rows, segment_s=self.segments_s[stage] if training else None, **common)
+            return FixedEchoDataset(
+                rows,
+                segment_s=self.segments_s[stage] if training else None,
+                spectra=None if training else self._spectra(),
+                **common,
+            )
         longest_ms = self.path.largest_delay_ms(max(self.segments_s.values()))
         self._warn_of_delays(longest_ms + self.room_settings.largest_direct_ms(), "data.delay_ms")
         noise_manifest, rir_manifest = self.noise_manifests[stage], self.rir_manifests[stage]
-        measured = None
+        recorded_manifest = self.recorded_manifests[stage]
+        measured = recorded = None
         if rir_manifest is not None:
             measured = MeasuredRooms(
                 self.read_rows(rir_manifest, required=TALKER_KEYS),
                 sample_rate=self.sample_rate,
                 rir_s=self.room_settings.rir_s,
             )
+        if recorded_manifest is not None:
+            recorded = RecordedEchoes(self.read_rows(recorded_manifest), sample_rate=self.sample_rate)
         return EchoDataset(
             rows,
             num_items=self.num_examples[stage],
@@ -222,10 +261,28 @@ class EchoData(SystemData):
             path=self.path,
             rooms=ShoeboxRooms(self.room_settings, **common),
             measured=measured,
+            recorded=recorded,
             noise_rows=None if noise_manifest is None else self.read_rows(noise_manifest, required=TALKER_KEYS),
             **common,
             **self.cache,
         )
+
+    def _spectra(self) -> SpectrumCache | None:
+        if self.stft_cache is None:
+            return None
+        assert self.stft is not None and self.window is not None
+        return SpectrumCache(self.stft_cache, preset=self.stft, window=self.window, sample_rate=self.sample_rate)
+
+    def _check_whole(self, stages: Sequence[str]) -> None:
+        """Spectra can be kept of those stages whose recordings are read whole: of all that there are, one at least."""
+        rows = {stage: self.rows(stage) for stage in stages}
+        made = [stage for stage, own in rows.items() if own is not None and not is_echo(own[0])]
+        if made or not any(rows.values()):
+            what = f"{made[0]} examples are made anew" if made else "training examples are made or cropped anew"
+            raise DataError(
+                f"data.stft_cache={self.stft_cache}: {what}, only recordings that are read whole (val_manifest,"
+                " test_manifest) have spectra to keep; set data.stft_cache=null"
+            )
 
     def _check_targets(self, rows: Sequence[Mapping[str, Any]], where: str) -> None:
         """Recordings without a target cannot be learned from, and silence alone teaches to be silent."""

@@ -31,12 +31,17 @@ from torch import Tensor
 
 from data.errors import AudioError
 
+FULL_SCALE = 32768
+"""Steps of 16 bits from 0 to full scale."""
+
 AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
 """Suffixes (lower case) that a folder scan takes for recordings."""
 
 PathLike = str | os.PathLike[str]
 
-_LFS_HEAD = b"version https://git-lfs"
+LFS_HEAD = b"version https://git-lfs"
+"""How the file begins that Git LFS leaves in place of one that was not fetched."""
+
 _UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 for streams without a length
 _OGG_HEADER = 27  # bytes of a page before its table of segment sizes; the last one counts the segments
 _MAX_OGG_PAGE = _OGG_HEADER + 255 + 255 * 255
@@ -143,10 +148,20 @@ def common_length(recordings: Sequence[tuple[PathLike, int, int]]) -> int:
     return min(samples for _, _, samples in recordings)
 
 
-def write_audio(path: PathLike, samples: Tensor | np.ndarray, sample_rate: int) -> None:
+def write_audio(path: PathLike, samples: Tensor | np.ndarray, sample_rate: int, *, sixteen_bits: bool = False) -> bool:
     """Write a 32-bit float WAV; levels above 1 are kept, nothing is clipped.
 
     The file appears whole or not at all; missing folders are made.
+
+    Args:
+        path: a name that ends in .wav.
+        samples: the signal.
+        sample_rate: in Hz.
+        sixteen_bits: write 16-bit integers where no sample passes full scale. A 16-bit recording that was read at its
+            own rate is written as it was, bit for bit.
+
+    Returns:
+        Whether floats were written.
 
     Shape:
         `samples` is `(T,)` or `(C, T)`.
@@ -159,11 +174,17 @@ def write_audio(path: PathLike, samples: Tensor | np.ndarray, sample_rate: int) 
     array = samples.detach().cpu().float().numpy() if isinstance(samples, Tensor) else np.asarray(samples, np.float32)
     if array.ndim not in (1, 2):
         raise ValueError(f"samples must be (T,) or (C, T), got shape {tuple(array.shape)}")
+    steps = np.rint(array * FULL_SCALE)
+    fits = sixteen_bits and bool((steps >= -FULL_SCALE).all() and (steps < FULL_SCALE).all())
     try:
         with atomic_path(path) as temporary:
-            sf.write(temporary, array.T, sample_rate, subtype="FLOAT", format="WAV")
+            if fits:
+                sf.write(temporary, steps.astype(np.int16).T, sample_rate, subtype="PCM_16", format="WAV")
+            else:
+                sf.write(temporary, array.T, sample_rate, subtype="FLOAT", format="WAV")
     except (OSError, sf.SoundFileError) as error:
         raise AudioError(f"{path}: cannot be written ({_reason(error)})") from error
+    return not fits
 
 
 @contextmanager
@@ -218,7 +239,7 @@ def _head(path: PathLike) -> tuple[bytes, int]:
         raise AudioError(f"{str(path)!r}: cannot be opened ({_reason(error)})") from error
     if not head:
         raise AudioError(f"{path}: is empty (0 bytes); fetch it again")
-    if head.startswith(_LFS_HEAD):
+    if head.startswith(LFS_HEAD):
         raise AudioError(f"{path}: is a Git-LFS pointer, not audio; run `git lfs pull` where it came from")
     return head, size
 

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.audio import read_audio
+from data.audio import FULL_SCALE, read_audio
 from data.errors import AudioError
-
-_FULL_SCALE = 32768
 
 
 def cached_mb(rows: Sequence[Mapping[str, Any]], *, sample_rate: int) -> float:
@@ -83,8 +81,8 @@ class RowReader:
 def _to_int16(samples: Tensor) -> tuple[Tensor, float]:
     """Integers and the scale that turns them back."""
     peak = float(samples.abs().max())
-    scale = 1 / _FULL_SCALE if peak <= 1 else peak / (_FULL_SCALE - 1)
-    return (samples / scale).round().clamp(-_FULL_SCALE, _FULL_SCALE - 1).to(torch.int16), scale
+    scale = 1 / FULL_SCALE if peak <= 1 else peak / (FULL_SCALE - 1)
+    return (samples / scale).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16), scale
 
 
 def talk_and_noise(

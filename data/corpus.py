@@ -5,7 +5,7 @@ So an interrupted making is recognised, and only files of a corpus of ours are e
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ def check_splits(
     paths = {split: folder / f"{prefix}{split}{suffix}.jsonl" for split in SPLITS}
     if not any(path.exists() for path in paths.values()):
         return [f"{paths['train']}: no such manifest; check the path"]
+    return check_manifests(paths, owner=owner, shared=shared)
+
+
+def check_manifests(paths: Mapping[str, Path], *, owner: str = "speaker", shared: Collection[str] = ()) -> list[str]:
+    """One line per problem of manifests that are to have nothing in common, as `check_splits`.
+
+    Args:
+        paths: split -> manifest; one that does not exist is passed over.
+        owner, shared: as for `check_splits`.
+    """
     problems: list[str] = []
     seen: dict[tuple[str, str], str] = {}  # ("file" or "owner", its name) -> split
     for split, path in paths.items():

@@ -1,6 +1,6 @@
 """Random crops of recordings: of a given length, and of speech not silent where that can be had."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,15 +30,18 @@ def random_crop(audio: RowReader, rng: np.random.Generator, rows: Sequence[int],
 
 
 def speech_crop(audio: RowReader, rng: np.random.Generator, rows: Sequence[int], count: int) -> Tensor:
-    """A random crop that is not silent: one that is nearly so is drawn again, up to three times; then the loudest is
-    taken. `(count,)`
+    """A random crop that is not silent, see `not_silent`. `(count,)`"""
+    return not_silent(lambda: random_crop(audio, rng, rows, count), level=lambda crop: float(rms(crop)))
+
+
+def not_silent(draw: Callable[[], Tensor], *, level: Callable[[Tensor], float]) -> Tensor:
+    """What is drawn; where its level (an RMS) is nearly none it is drawn again, up to three times, then the loudest is
+    taken.
     """
-    best, best_rms = torch.zeros(count), -1.0
+    drawn: list[tuple[float, Tensor]] = []
     for _ in range(_TRIES):
-        crop = random_crop(audio, rng, rows, count)
-        level = float(rms(crop))
-        if level > best_rms:
-            best, best_rms = crop, level
-        if level >= 10 ** (_SILENCE_DB / 20):
+        crop = draw()
+        drawn.append((level(crop), crop))
+        if drawn[-1][0] >= 10 ** (_SILENCE_DB / 20):
             break
-    return best
+    return max(drawn, key=lambda pair: pair[0])[1]

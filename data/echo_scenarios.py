@@ -38,15 +38,19 @@ def collate_echo(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of items that have the same keys; shorter signals are padded with zeros at the end.
 
     Shape:
-        item: signals `(T,)` (mic, far, target, and the components near, echo, noise where they are known), numbers
-        `()` (has_target, length, scenario, delay_samples, path_change_sample, ser_db, snr_db), name str
-        -> `(B, T)`, `(B,)`, list of B.
+        item: signals `(T,)` (mic, far, target, and the components near, echo, noise where they are known), spectra
+        `(F, frames, 2)` (mic_spectrum, far_spectrum where they are kept), numbers `()` (has_target, length, scenario,
+        delay_samples, path_change_sample, ser_db, snr_db), name str
+        -> `(B, T)`, `(B, F, frames, 2)`, `(B,)`, list of B.
     """
-    longest = max(len(item["mic"]) for item in items)
 
     def batched(values: list[Any]) -> Any:
         if isinstance(values[0], str):
             return values
+        if values[0].ndim == 3:
+            longest = max(value.shape[1] for value in values)
+            return torch.stack([pad(value, (0, 0, 0, longest - value.shape[1])) for value in values])
+        longest = max(value.numel() for value in values)
         return torch.stack([pad(value, (0, longest - len(value))) if value.ndim else value for value in values])
 
     return {key: batched([item[key] for item in items]) for key in items[0]}

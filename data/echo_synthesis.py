@@ -11,6 +11,8 @@ Decisions that are not obvious
 * Reference and echo are made from the same crop, from rest: no echo of what was played before it.
 * The target is the near end as it is in the microphone, or its early part: same gain, same direct path. A network that
   is to remove reverberation too (`target_ms`) has no shift to learn.
+* A recorded echo takes the place of loudspeaker, delay and room. It comes with its own far end, is brought to the level
+  that a made one would have, and has no known delay.
 * Where the reference drops out, the echo goes on: the loudspeaker plays, the recording of the reference fails.
 """
 
@@ -32,10 +34,11 @@ from data.errors import DataError
 from data.loudspeaker import Loudspeaker
 from data.manifest import place_of
 from data.ranges import Range, check_range
+from data.recorded_echoes import RecordedEcho, RecordedEchoes
 from data.rooms import MeasuredRooms, Response, Responses, ShoeboxRooms, early_part
 from data.sampler import ItemKey, item_key
 
-_NEAR, _FAR, _ROOM, _LOUDSPEAKER, _PATH, _NOISE, _FAR_NOISE, _LEVELS, _DEFECTS = range(1, 10)
+_NEAR, _FAR, _ROOM, _LOUDSPEAKER, _PATH, _NOISE, _FAR_NOISE, _LEVELS, _DEFECTS, _RECORDED = range(1, 11)
 """Streams beside (seed, epoch, index) itself, which draws scenario and speakers; 0 would be the same as that."""
 
 
@@ -46,6 +49,8 @@ class EchoMixing:
     Args:
         scenario_weights: how often each of `SCENARIOS` comes, relative to the others.
         rir_p: share of the examples in measured rooms, where there are such.
+        recorded_echo_p: share of the examples with an echo (double talk and far-end single talk) whose echo and far end
+            are recorded, where there are such.
         noise_p: share of the examples with noise in the microphone.
         snr_db: level of the near end (in far-end single talk: of the echo) over that noise.
         far_noise_p: share of the far ends with noise, which is in the reference and in the echo.
@@ -67,6 +72,7 @@ class EchoMixing:
 
     scenario_weights: Mapping[str, float] = field(default_factory=SCENARIO_WEIGHTS.copy)
     rir_p: float = 0.5
+    recorded_echo_p: float = 0.5
     noise_p: float = 0.8
     snr_db: Range = (0.0, 40.0)
     far_noise_p: float = 0.3
@@ -83,7 +89,8 @@ class EchoMixing:
 
     def __post_init__(self) -> None:
         scenario_probabilities(self.scenario_weights)
-        for name in ("rir_p", "noise_p", "far_noise_p", "near_end_far_p", "far_dropout_p", "clip_p"):
+        shares = ("rir_p", "recorded_echo_p", "noise_p", "far_noise_p", "near_end_far_p", "far_dropout_p", "clip_p")
+        for name in shares:
             number(name, getattr(self, name), least=0, most=1)
         for name in ("snr_db", "far_snr_db", "ser_db"):
             check_range(name, getattr(self, name), least=-100, most=100)
@@ -107,6 +114,7 @@ class EchoDataset(Dataset):
         mixing, loudspeaker, path: how examples, loudspeakers and echo paths are drawn.
         rooms: give the responses of loudspeaker and talker.
         measured: measured rooms, or None.
+        recorded: recorded echoes, or None.
         noise_rows: manifest rows with `audio_filepath`, `duration`; None: no noise, at neither end.
         segment_s: length in seconds.
         seed: see above.
@@ -137,6 +145,7 @@ class EchoDataset(Dataset):
         path: EchoPath,
         rooms: ShoeboxRooms,
         measured: MeasuredRooms | None = None,
+        recorded: RecordedEchoes | None = None,
         noise_rows: Sequence[Mapping[str, Any]] | None = None,
         segment_s: float = 4.0,
         seed: int = 0,
@@ -149,7 +158,7 @@ class EchoDataset(Dataset):
         self.num_samples = round(segment_s * sample_rate)
         self.seed = seed
         self.mixing, self.loudspeaker, self.path = mixing, loudspeaker, path
-        self.rooms, self.measured = rooms, measured
+        self.rooms, self.measured, self.recorded = rooms, measured, recorded
         self._scenario_p = scenario_probabilities(mixing.scenario_weights)
         self._speakers = sorted(rows_of)
         self._rows_of = [rows_of[speaker] for speaker in self._speakers]
@@ -163,7 +172,7 @@ class EchoDataset(Dataset):
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
         index, epoch = item_key(key, len(self))
         rng = np.random.default_rng([self.seed, epoch, index])
-        streams = {k: np.random.default_rng([self.seed, epoch, index, k]) for k in range(_NEAR, _DEFECTS + 1)}
+        streams = {k: np.random.default_rng([self.seed, epoch, index, k]) for k in range(_NEAR, _RECORDED + 1)}
         scenario = int(rng.choice(len(SCENARIOS), p=self._scenario_p))
         near_speaker, far_speaker = rng.choice(len(self._speakers), 2, replace=False)
         has_near, has_echo = SCENARIOS[scenario] != "far_end", SCENARIOS[scenario] != "near_end"
@@ -174,8 +183,12 @@ class EchoDataset(Dataset):
         near = target = silence
         if has_near:
             near, target = self._near_end(streams, near_speaker, responses.talker)
-        far = self._far_end(streams, far_speaker) if has_echo or headset else silence
-        echo = self._echo(streams, far, responses) if has_echo else Echo(silence, -1.0, -1)
+        recording = self._recording(streams[_RECORDED]) if has_echo else None
+        if recording is not None:
+            far, echo = recording.far, Echo(recording.echo, -1.0, -1)
+        else:
+            far = self._far_end(streams, far_speaker) if has_echo or headset else silence
+            echo = self._echo(streams, far, responses) if has_echo else Echo(silence, -1.0, -1)
         levels = streams[_LEVELS]
         ser_db, level_db = levels.uniform(*self.mixing.ser_db), levels.uniform(*self.mixing.level_db)
         if has_near and has_echo:
@@ -186,7 +199,8 @@ class EchoDataset(Dataset):
         far = far * gain_to_level(far, level_db=levels.uniform(*self.mixing.far_level_db))
 
         mic = near + echo.signal + noise
-        speakers = [self._speakers[s] for s, there in ((near_speaker, has_near), (far_speaker, far.any())) if there]
+        far_name = self._speakers[far_speaker] if recording is None else recording.name
+        talkers = ((self._speakers[near_speaker], has_near), (far_name, far.any()))
         signals = {
             "mic": self._clipped(streams[_DEFECTS], mic),
             "far": self._dropped_out(streams[_DEFECTS], far),
@@ -204,8 +218,14 @@ class EchoDataset(Dataset):
             "path_change_sample": torch.tensor(echo.path_change_sample),
             "ser_db": torch.tensor(level_ratio_db(near, echo.signal), dtype=torch.float32),
             "snr_db": torch.tensor(level_ratio_db(near, noise), dtype=torch.float32),
-            "name": "_".join([SCENARIOS[scenario], *speakers, f"{index:06d}"]),
+            "name": "_".join([SCENARIOS[scenario], *(name for name, there in talkers if there), f"{index:06d}"]),
         }
+
+    def _recording(self, rng: np.random.Generator) -> RecordedEcho | None:
+        """A recorded echo; None where it is to be made."""
+        if rng.random() < self.mixing.recorded_echo_p and self.recorded is not None:
+            return self.recorded.draw(rng, self.num_samples)
+        return None
 
     def _responses(self, rng: np.random.Generator) -> Responses:
         """Responses of a measured or a made room."""

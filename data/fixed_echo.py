@@ -1,7 +1,8 @@
 """Echo recordings that were made once and for all: real ones, or synthetic ones of others (AEC-Challenge).
 
 Decisions that are not obvious
-* Signals are given as they were recorded: no level is set, nothing is aligned. A recording is what a device heard.
+* Signals are given as they were recorded: no level is set, nothing is aligned. A recording is what a device heard. Only
+  the clean signal is multiplied with the row's `clean_scale`, for corpora that keep it at another level.
 * Far-end single talk without a clean file has silence for a target. What remains of real double talk nobody knows: its
   target is zeros, and `has_target` is False.
 * Microphone, far end and clean signal are cut at the same samples, those that all of them have. Files that differ by
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 from data.audio import audio_info, common_length, read_audio
 from data.echo_scenarios import SCENARIOS, collate_echo
 from data.sampler import ItemKey, item_key
+from data.stft_cache import SpectrumCache
 
 ECHO_FILES = ("mic_filepath", "farend_filepath", "clean_filepath")
 _UNKNOWN = -1  # delay, or moment at which the echo path changes
@@ -54,6 +56,30 @@ def common_samples(row: Mapping[str, Any]) -> tuple[int, int]:
     return recordings[0][1], common_length(recordings)
 
 
+def read_part(
+    row: Mapping[str, Any], rng: np.random.Generator, *, sample_rate: int, num_samples: int | None
+) -> dict[str, Tensor]:
+    """A random part of a row, the same of all its files, by their keys; all of it where it is shorter, or for None.
+
+    Shape:
+        Each `(T,)`, T <= num_samples.
+
+    Raises:
+        AudioError: a file cannot be read, or they differ in sample rate or length.
+    """
+    rate, num_frames = common_samples(row)
+    available = max(1, num_frames * sample_rate // rate)
+    count = available if num_samples is None else min(num_samples, available)
+    start = int(rng.integers(available - count + 1))
+    part: dict[str, Any] = {
+        "offset_s": row.get("offset", 0.0) + start / sample_rate,
+        "duration_s": count / sample_rate,
+    }
+    signals = {key: read_audio(row[key], sample_rate=sample_rate, **part) for key in ECHO_FILES if key in row}
+    shortest = min(map(len, signals.values()))  # an offset between two samples may have cost one at the end
+    return {key: signal[:shortest] for key, signal in signals.items()}
+
+
 class FixedEchoDataset(Dataset):
     """Item `(index, epoch)`: row `index` of the manifest, whole, or a random crop of it, the same in all its files.
 
@@ -65,12 +91,14 @@ class FixedEchoDataset(Dataset):
         sample_rate: rate of the signals in Hz.
         segment_s: length of a crop in seconds; None: whole recordings.
         seed: see above.
+        spectra: keeps the spectra of whole recordings; None: an item has none.
 
     Shape:
         An item is {"mic", "far", "target": float32 `(T,)`, "has_target": bool `()`, "length": int64 `()` samples,
         "scenario": int64 `()`, index in SCENARIOS, "delay_samples": float32 `()`, -1 where it is unknown or there is
         no echo, "path_change_sample": int64 `()`, always -1, "ser_db", "snr_db": float32 `()`, NaN where unknown, inf
-        where there is no echo, -inf where there is no near end, "name": str}.
+        where there is no echo, -inf where there is no near end, "name": str}, and from `spectra` "mic_spectrum",
+        "far_spectrum": float32 `(F, frames, 2)`.
 
     Raises:
         AudioError: from an item, when a file cannot be read, or its files differ in length or sample rate.
@@ -85,8 +113,12 @@ class FixedEchoDataset(Dataset):
         sample_rate: int,
         segment_s: float | None = None,
         seed: int = 0,
+        spectra: SpectrumCache | None = None,
     ) -> None:
+        if spectra is not None and segment_s is not None:
+            raise ValueError("spectra are kept of whole recordings, not of crops: segment_s must be None")
         self.rows = rows
+        self.spectra = spectra
         self.sample_rate = sample_rate
         self.num_samples = None if segment_s is None else round(segment_s * sample_rate)
         self.seed = seed
@@ -97,18 +129,23 @@ class FixedEchoDataset(Dataset):
     def __getitem__(self, key: ItemKey | int) -> dict[str, Any]:
         index, epoch = item_key(key, len(self))
         row = self.rows[index]
-        signals = self._read(row, np.random.default_rng([self.seed, epoch, index]))
+        rng = np.random.default_rng([self.seed, epoch, index])
+        signals = read_part(row, rng, sample_rate=self.sample_rate, num_samples=self.num_samples)
         length = len(signals["mic_filepath"])
+        if "clean_filepath" in signals:
+            signals["clean_filepath"] = signals["clean_filepath"] * row.get("clean_scale", 1.0)
         missing = 0 if self.num_samples is None else self.num_samples - length
         silence = torch.zeros(length)
         mic, far, target = (pad(signals.get(file, silence), (0, missing)) for file in ECHO_FILES)
         scenario = row["scenario"]
         delay = row["delay_ms"] * self.sample_rate / 1000 if _has_echo(row) and "delay_ms" in row else _UNKNOWN
         ser_db, snr_db = _RATIOS_DB[scenario]
+        spectra = {} if self.spectra is None else self.spectra.spectra(row, mic=mic, far=far)
         return {
             "mic": mic,
             "far": far,
             "target": target,
+            **spectra,
             "has_target": torch.tensor("clean_filepath" in row or scenario == "far_end"),
             "length": torch.tensor(length),
             "scenario": torch.tensor(SCENARIOS.index(scenario)),
@@ -118,18 +155,6 @@ class FixedEchoDataset(Dataset):
             "snr_db": torch.tensor(snr_db),
             "name": row.get("id") or Path(row["mic_filepath"]).stem,
         }
-
-    def _read(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The same part of all files of a row, each `(T,)`."""
-        rate, num_frames = common_samples(row)
-        available = max(1, num_frames * self.sample_rate // rate)
-        count = available if self.num_samples is None else min(self.num_samples, available)
-        start = int(rng.integers(available - count + 1))
-        offset_s = row.get("offset", 0.0) + start / self.sample_rate
-        part: dict[str, Any] = {"offset_s": offset_s, "duration_s": count / self.sample_rate}
-        signals = {key: read_audio(row[key], sample_rate=self.sample_rate, **part) for key in ECHO_FILES if key in row}
-        shortest = min(map(len, signals.values()))  # an offset between two samples may have cost one at the end
-        return {key: signal[:shortest] for key, signal in signals.items()}
 
 
 def _has_echo(row: Mapping[str, Any]) -> bool:

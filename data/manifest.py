@@ -7,11 +7,11 @@
 
 The first is a talker (or a noise: no speaker), the second a mixture that was made once and for all, its noise as
 `noise_filepath` where it has one. The third is a microphone with its far-end reference, and as `clean_filepath` what
-should be left of it, where that is known; `delay_ms` says by how much the echo comes later. The fourth is an image
-whose marks a mask shows, or as `clean_filepath` the same photo without its marks; with `marked: false` one that has
-none, with none of these a photo to draw marks on. `source` names the photo that several images were made from. A
-manifest holds one kind. JSON lines, or CSV with the same names as columns when the file's name ends in .csv (see
-`data.tables`).
+should be left of it, where that is known, to be multiplied with `clean_scale` (1 where it is not given) to have the
+level that it has in the microphone; `delay_ms` says by how much the echo comes later. The fourth is an image whose
+marks a mask shows, or as `clean_filepath` the same photo without its marks; with `marked: false` one that has none,
+with none of these a photo to draw marks on. `source` names the photo that several images were made from. A manifest
+holds one kind. JSON lines, or CSV with the same names as columns when the file's name ends in .csv (see `data.tables`).
 
 `offset` (seconds) makes a row a part of longer files. Every key that ends in `_filepath` is a path and is treated
 like `audio_filepath`. A manifest is data from elsewhere: each row is checked, and nothing in it is ever run. It may
@@ -44,7 +44,7 @@ _KINDS = {
     "mic_filepath": ("an echo recording", ECHO_KEYS),
     "image_filepath": ("an image", IMAGE_KEYS),
 }
-_NUMBERS = ("duration", "offset", "delay_ms")
+_NUMBERS = ("duration", "offset", "delay_ms", "clean_scale")
 _NAMES = ("speaker", "id")
 _SPLITS = ("train", "val", "test")
 _SOURCE_KEY = re.compile(r"s([1-9]\d*)_filepath")
@@ -90,7 +90,8 @@ def read_manifest(
 
 def place_of(row: Mapping[str, Any]) -> str:
     """A row of recordings or images in a message: its line and its file, "train.jsonl, line 12: /speech/a.wav"."""
-    return ": ".join(str(row[key]) for key in (LINE_KEY, "audio_filepath", "image_filepath") if row.get(key))
+    keys = (LINE_KEY, "audio_filepath", "mic_filepath", "image_filepath")
+    return ": ".join(str(row[key]) for key in keys if row.get(key))
 
 
 def write_manifest(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -215,7 +216,7 @@ def _with_known_marks(row: dict[str, Any]) -> dict[str, Any]:
 def _checked(key: str, value: Any, folder: Path) -> Any:
     """The value of one key, in the type that readers rely on."""
     if key in _NUMBERS:
-        return _time(key, value)
+        return _number(key, value)
     if key in _NAMES and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     is_path = key.endswith("_filepath")
@@ -227,15 +228,15 @@ def _checked(key: str, value: Any, folder: Path) -> Any:
     return os.path.normpath(folder / str(value)) if is_path else value
 
 
-def _time(key: str, value: Any) -> float:
+def _number(key: str, value: Any) -> float:
     try:
-        time = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
-        time = math.nan
-    if not math.isfinite(time) or time < 0 or (key == "duration" and time == 0):
-        unit = "milliseconds" if key.endswith("_ms") else "seconds"
-        raise ManifestError(f"{key} must be a number of {unit}, got {json.dumps(value)[:60]}")
-    return time
+        number = math.nan
+    if not math.isfinite(number) or number < 0 or (key in ("duration", "clean_scale") and number == 0):
+        what = {"delay_ms": "number of milliseconds", "clean_scale": "factor above 0"}.get(key, "number of seconds")
+        raise ManifestError(f"{key} must be a {what}, got {json.dumps(value)[:60]}")
+    return number
 
 
 def _portable(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,14 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.aec_challenge import CONVERTED, check_aec_challenge
+from data.aec_challenge import aec_challenge as aec_challenge_rows
 from data.aishell3 import aishell3 as aishell3_rows
+from data.arguments import at_least, positive, share, share_or_all
+from data.convert import convert_manifests
 from data.corpus import check_splits
 from data.demo import check_demo, make_demo
 from data.demo_photos import check_demo_photos, make_demo_photos
+from data.echo_scenarios import SCENARIOS
 from data.errors import DataError
 from data.folders import find_folder
 from data.image_folders import check_image_splits, scan_clwd, scan_images, split_by_source
-from data.manifest import is_image, is_mixture, manifest_text, source_keys, write_manifest
+from data.manifest import is_echo, is_image, is_mixture, manifest_text, source_keys, write_manifest
 from data.mixture_corpora import Splits, talkers
 from data.mixture_corpora import librimix as librimix_rows
 from data.mixture_corpora import wsj0mix as wsj0mix_rows
@@ -32,10 +37,8 @@ Run = Callable[[argparse.Namespace], list[str]]  # gives the problems that --che
 def demo(parser: argparse.ArgumentParser) -> Run:
     """a small synthetic corpus: talkers, noises, rooms (offline, under a minute)"""
     parser.add_argument("--output", default="demo_data", help="folder to make (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=_at_least(0), default=0, help="another seed, other voices (default: %(default)s)"
-    )
-    parser.add_argument("--jobs", type=_at_least(1), default=2, help="parallel syntheses (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="another seed, other voices (default: %(default)s)")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="parallel syntheses (default: %(default)s)")
 
     def run(options: argparse.Namespace) -> list[str]:
         if options.check:
@@ -49,10 +52,10 @@ def demo(parser: argparse.ArgumentParser) -> Run:
 def manifest(parser: argparse.ArgumentParser) -> Run:
     """manifests for a folder of recordings, split by speaker"""
     _add_folders(parser, "folder of recordings, one sub-folder (or file name up to _ or -) per speaker")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the split (default: %(default)s)")
-    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of speakers (default: %(default)s)")
-    parser.add_argument("--test-fraction", type=_share, default=0.1, help="share of speakers (default: %(default)s)")
-    parser.add_argument("--max-speakers", type=_at_least(1), help="choose so many speakers (default: all)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the split (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=share, default=0.1, help="share of speakers (default: %(default)s)")
+    parser.add_argument("--test-fraction", type=share, default=0.1, help="share of speakers (default: %(default)s)")
+    parser.add_argument("--max-speakers", type=at_least(1), help="choose so many speakers (default: all)")
 
     def make(options: argparse.Namespace) -> Splits:
         return split_by_speaker(
@@ -98,10 +101,10 @@ def wsj0mix(parser: argparse.ArgumentParser) -> Run:
 def aishell3(parser: argparse.ArgumentParser) -> Run:
     """AISHELL-3: manifests of its talkers; train and val are two parts of its train folder"""
     _add_folders(parser, "data_aishell3, with train/wav and test/wav in it")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of all choices (default: %(default)s)")
-    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of train's (default: %(default)s)")
-    parser.add_argument("--max-speakers", type=_at_least(1), help="so many of train and of test (default: all)")
-    parser.add_argument("--max-hours", type=_positive, help="so many of train and of test (default: all)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all choices (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=share, default=0.1, help="share of train's (default: %(default)s)")
+    parser.add_argument("--max-speakers", type=at_least(1), help="so many of train and of test (default: all)")
+    parser.add_argument("--max-hours", type=positive, help="so many of train and of test (default: all)")
 
     def make(options: argparse.Namespace) -> Splits:
         return aishell3_rows(
@@ -113,6 +116,36 @@ def aishell3(parser: argparse.ArgumentParser) -> Run:
         )
 
     return _check_or_write(make, check_splits)
+
+
+def aec_challenge(parser: argparse.ArgumentParser) -> Run:
+    """AEC-Challenge: manifests of its made and real echoes (*_far_end.jsonl: real ones to add talkers to), and of its
+    test sets"""
+    _add_folders(parser, "the challenge's repository, its datasets, or a folder in it such as synthetic or real")
+    parser.add_argument(
+        "--single-talk",
+        type=share_or_all,
+        default=0.5,
+        help="share of the made double talks of which there is far-end single talk as well, and share of those of"
+        " which there is near-end single talk (default: %(default)s)",
+    )
+    parser.add_argument("--val-fraction", type=share, default=0.05, help="share of train's (default: %(default)s)")
+    parser.add_argument(
+        "--convert",
+        type=at_least(8000),
+        metavar="HZ",
+        help="copy all recordings to mono WAV of 16 bits at this rate, below --output, and name the copies; training"
+        " reads them faster (default: name the recordings as they are)",
+    )
+
+    def make(options: argparse.Namespace) -> Splits:
+        rows = aec_challenge_rows(options.input, single_talk=options.single_talk, val_fraction=options.val_fraction)
+        if options.convert is None:
+            return rows
+        folder = Path(options.output) / f"{CONVERTED}{options.convert}"
+        return convert_manifests(rows, root=options.input, folder=folder, sample_rate=options.convert)
+
+    return _check_or_write(make, check_aec_challenge)
 
 
 def demo_photos(parser: argparse.ArgumentParser) -> Run:
@@ -137,8 +170,8 @@ def images(parser: argparse.ArgumentParser) -> Run:
         default="error",
         help="clean: an image without mask has no marks (default: %(default)s)",
     )
-    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of sources (default: %(default)s)")
-    parser.add_argument("--test-fraction", type=_share, default=0.1, help="share of sources (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=share, default=0.1, help="share of sources (default: %(default)s)")
+    parser.add_argument("--test-fraction", type=share, default=0.1, help="share of sources (default: %(default)s)")
 
     def make(options: argparse.Namespace) -> Splits:
         rows = scan_images(options.input, allow_missing_mask=options.allow_missing_mask)
@@ -150,7 +183,7 @@ def images(parser: argparse.ArgumentParser) -> Run:
 def clwd(parser: argparse.ArgumentParser) -> Run:
     """CLWD: manifests of its images with masks; train and val are two parts of its train folder"""
     _add_folders(parser, "CLWD, with train/Watermarked_image and test/Watermarked_image in it")
-    parser.add_argument("--val-fraction", type=_share, default=0.1, help="share of train's (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=share, default=0.1, help="share of train's (default: %(default)s)")
 
     def make(options: argparse.Namespace) -> Splits:
         root = find_folder(options.input, "train/Watermarked_image").parent.parent
@@ -169,6 +202,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "librimix": librimix,
     "wsj0mix": wsj0mix,
     "aishell3": aishell3,
+    "aec_challenge": aec_challenge,
     "demo_photos": demo_photos,
     "images": images,
     "clwd": clwd,
@@ -229,6 +263,9 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     hours = sum(row["duration"] for row in rows) / 3600
     if is_mixture(rows[0]):
         return f"{len(rows)} mixtures of {len(source_keys(rows[0]))}, {hours:.2f} hours"
+    if is_echo(rows[0]):
+        counts = {name: sum(row["scenario"] == name for row in rows) for name in SCENARIOS}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) + f", {hours:.2f} hours"
     return f"{len({row['speaker'] for row in rows})} speakers, {len(rows)} recordings, {hours:.2f} hours"
 
 
@@ -241,34 +278,6 @@ def _image_summary(rows: list[dict[str, Any]]) -> str:
     }
     sorts["photos to draw marks on"] = len(rows) - sum(sorts.values())
     return ", ".join(f"{count} {sort}" for sort, count in sorts.items() if count)
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
-        return value
-
-    parse.__name__ = "whole number"  # argparse names it in its message
-    return parse
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-_share.__name__ = _positive.__name__ = "number"  # as above
 
 
 def main(argv: list[str] | None = None) -> int:

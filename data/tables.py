@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.audio import PathLike
+from data.audio import LFS_HEAD, PathLike
 from data.errors import ManifestError
 
 
@@ -27,7 +27,10 @@ def read_table(path: PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
         ManifestError: the file cannot be read, or a line is not a row in UTF-8.
     """
     header: list[str] | None = None
-    for number, line in enumerate(_read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    content = _read(path)
+    if content.startswith(LFS_HEAD):
+        raise ManifestError(f"{path}: is a Git-LFS pointer, not a table; run `git lfs pull` where it came from")
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

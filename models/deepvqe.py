@@ -32,12 +32,11 @@ from modules.chunking import split_chunks, stitch_sources
 from modules.deepvqe import DeepVQE as Network
 from modules.delay import estimate_delay
 from modules.resampling import resample
-from modules.stft import STFT
+from modules.stft import PRESETS, STFT
 
 log = logging.getLogger(__name__)
 
-# name -> sample rate in Hz, window and hop in samples. n320 and n480 are the paper's 20 ms and 10 ms.
-STFTS = {"n320": (16000, 320, 160), "n512": (16000, 512, 256), "n480": (24000, 480, 240)}
+_SIGNALS = ("mic", "far", "mic_spectrum", "far_spectrum")  # what a batch may have of the network's input
 
 
 class _Compared(NamedTuple):
@@ -90,9 +89,9 @@ class DeepVQE(System):
         optim: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(optim=optim, compile=compile)
-        if stft not in STFTS:
-            raise ValueError(f"model.stft={stft}: no such preset; choose from {', '.join(STFTS)}")
-        preset_rate, n_fft, hop_samples = STFTS[stft]
+        if stft not in PRESETS:
+            raise ValueError(f"model.stft={stft}: no such preset; choose from {', '.join(PRESETS)}")
+        preset_rate, n_fft, hop_samples = PRESETS[stft]
         if sample_rate != preset_rate:
             raise ValueError(f"model.stft={stft} is made for {preset_rate} Hz: set model.sample_rate={preset_rate}")
         self.sample_rate = sample_rate
@@ -135,20 +134,31 @@ class DeepVQE(System):
         """(B, T), (B, T) -> (B, T)"""
         return self._enhance(mic, far)[0]
 
-    def _enhance(self, mic: Tensor, far: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, T), (B, T) -> (B, T), and the distribution over delays (B, frames, D)."""
+    def _enhance(
+        self, mic: Tensor, far: Tensor, mic_spectrum: Tensor | None = None, far_spectrum: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T), (B, T) -> (B, T), and the distribution over delays (B, frames, D).
+
+        Spectra (B, F, frames, 2) that are known, of the signals padded to whole hops, are not computed.
+        """
         num_samples = mic.shape[-1]
         # Whole hops: what comes after the last one is under half a window only, and its errors would be magnified.
         mic, far = (F.pad(signal, (0, -num_samples % self.hop_samples)) for signal in (mic, far))
-        spectrum, delays = self.network(self.stft(mic), self.stft(far) if self.network.alignment is not None else None)
+        mic_spectrum = self.stft(mic) if mic_spectrum is None else _as_from_stft(mic_spectrum)
+        if self.network.alignment is None:
+            far_spectrum = None
+        else:
+            far_spectrum = self.stft(far) if far_spectrum is None else _as_from_stft(far_spectrum)
+        spectrum, delays = self.network(mic_spectrum, far_spectrum)
         return self.stft.inverse(spectrum, mic.shape[-1])[..., :num_samples], delays
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         num_samples = batch["mic"].shape[-1]
         whole = self.training or bool((batch["length"] == num_samples).all())
         # Recordings of several lengths go alone: their padding would count in the means of the loss.
-        parts = [batch] if whole else [_item(batch, i, int(n)) for i, n in enumerate(batch["length"])]
-        compared = [self._compare(part, *self._enhance(part["mic"], part["far"])) for part in parts]
+        parts = [batch] if whole else [self._item(batch, i, int(n)) for i, n in enumerate(batch["length"])]
+        inputs = [{name: part[name] for name in _SIGNALS if name in part} for part in parts]
+        compared = [self._compare(part, *self._enhance(**own)) for part, own in zip(parts, inputs, strict=True)]
         enhanced = [F.pad(c.enhanced, (0, num_samples - c.enhanced.shape[-1])) for c in compared]
         terms = _means([c.terms for c in compared])
         weights = {name: self.loss_terms.get(f"{name}_weight", 1.0) for name in terms}
@@ -165,6 +175,13 @@ class DeepVQE(System):
             frames = max(d.shape[1] for d in delays)
             output["delay_distribution"] = torch.cat([F.pad(d, (0, 0, 0, frames - d.shape[1])) for d in delays])
         return output
+
+    def _item(self, batch: dict[str, Tensor], index: int, num_samples: int) -> dict[str, Tensor]:
+        """One item of a batch, its padding taken off: of waveforms (B, T), and of spectra (B, F, frames, 2)."""
+        tensors = {name: value[index : index + 1] for name, value in batch.items() if isinstance(value, Tensor)}
+        frames = -(-num_samples // self.hop_samples) + 1
+        ends = {2: (..., slice(num_samples)), 4: (..., slice(frames), slice(None))}
+        return {name: value[ends[value.ndim]] if value.ndim in ends else value for name, value in tensors.items()}
 
     def _compare(self, batch: dict[str, Tensor], enhanced: Tensor, delays: Tensor | None) -> _Compared:
         """Every term that has a weight: (B,) values, and for which items they mean something."""
@@ -333,10 +350,12 @@ def _as_typed(value: Any) -> str:
     return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
 
 
-def _item(batch: dict[str, Tensor], index: int, num_samples: int) -> dict[str, Tensor]:
-    """One item of a batch, its padding taken off."""
-    tensors = {name: value[index : index + 1] for name, value in batch.items() if isinstance(value, Tensor)}
-    return {name: value[:, :num_samples] if value.ndim > 1 else value for name, value in tensors.items()}
+def _as_from_stft(spectrum: Tensor) -> Tensor:
+    """The same numbers, in memory frame by frame as torch.stft leaves them: else convolutions add up in another order.
+
+    Shape: (B, F, frames, 2)
+    """
+    return spectrum.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _means(parts: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:

@@ -20,6 +20,10 @@ def _sqrt_hann(num_samples: int) -> Tensor:
 WINDOWS: dict[str, Callable[[int], Tensor]] = {"sqrt_hann": _sqrt_hann, "hann": torch.hann_window}
 
 
+# name -> sample rate in Hz, window and hop in samples. n320 and n480 are DeepVQE's 20 ms and 10 ms.
+PRESETS = {"n320": (16000, 320, 160), "n512": (16000, 512, 256), "n480": (24000, 480, 240)}
+
+
 class STFT(nn.Module):
     """Waveform to complex spectrum and back, never below float32, under autocast too.
 

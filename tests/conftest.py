@@ -205,7 +205,10 @@ def trained(manifests: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mics/<n>_mic.wav, loopback/<n>_lpb.wav and clean/<n>.wav of two calls, and echo.jsonl that lists them."""
+    """mics/<n>_mic.wav, loopback/<n>_lpb.wav and clean/<n>.wav of two calls, and echo.jsonl that lists them.
+
+    far_end.jsonl lists them as far-end single talk.
+    """
     folder = tmp_path_factory.mktemp("recordings")
     rng = np.random.default_rng(1)
     rows = []
@@ -224,6 +227,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = {f"{key}_filepath": name for key, name in names.items()}
         rows.append({"id": f"call{number}", "scenario": "double_talk", "duration": 1.0, "delay_ms": 50.0, **files})
     write_manifest(folder / "echo.jsonl", rows)
+    write_manifest(folder / "far_end.jsonl", [row | {"scenario": "far_end"} for row in rows])
     return folder
 
 

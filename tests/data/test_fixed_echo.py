@@ -113,6 +113,20 @@ def test_a_short_recording_is_padded_at_the_end(tmp_path: Path) -> None:
     assert torch.equal(item["mic"][:8000], stored(rows[0], "mic")) and not item["mic"][8000:].any()
 
 
+def test_the_clean_signal_is_brought_to_the_level_that_the_row_states(tmp_path: Path) -> None:
+    rows = make_rows(
+        tmp_path, {"clean_scale": 0.75}, {"nearend_scale": 0.75}, {"clean_scale": 2, "clean_filepath": None}
+    )
+    for segment_s in (None, 0.1):
+        dataset = FixedEchoDataset(rows, sample_rate=RATE, segment_s=segment_s)
+        item, information, unknown = (dataset[index] for index in range(3))
+        start = start_in(stored(rows[0], "mic"), item["mic"])
+        clean = stored(rows[0], "target")[start : start + len(item["mic"])]
+        torch.testing.assert_close(item["target"], 0.75 * clean)
+        start_in(stored(rows[1], "target"), information["target"])  # as it is: a corpus may carry that key
+        assert not unknown["target"].any() and not unknown["has_target"]
+
+
 @pytest.mark.parametrize("missing", [1, 320])
 def test_up_to_20_ms_are_cut_to_the_shortest(tmp_path: Path, missing: int) -> None:
     rows = make_rows(tmp_path, {}, {})

@@ -154,6 +154,9 @@ def test_rows_of_echo_recordings(tmp_path, kind, scenario):
         ({"scenario": "doubletalk"}, 'scenario must be one of double_talk, far_end, near_end, got "doubletalk"'),
         ({"scenario": ["far_end"]}, 'scenario must be one of double_talk, far_end, near_end, got ["far_end"]'),
         ({"delay_ms": "long"}, 'delay_ms must be a number of milliseconds, got "long"'),
+        ({"clean_scale": 0}, "clean_scale must be a factor above 0, got 0"),
+        ({"clean_scale": -0.5}, "clean_scale must be a factor above 0, got -0.5"),
+        ({"clean_scale": "half"}, 'clean_scale must be a factor above 0, got "half"'),
         ({"mic_filepath": None, "farend_filepath": None, "audio_filepath": "a.wav"}, "begins with an echo recording"),
     ],
 )
@@ -172,10 +175,10 @@ def test_echo_recordings_for_prediction_need_neither_scenario_nor_duration(tmp_p
 
 def test_csv_of_echo_recordings(tmp_path):
     (tmp_path / "a.csv").write_text(
-        "mic_filepath,farend_filepath,duration,scenario,delay_ms\nm.wav,f.wav,1,far_end,20.5\n"
+        "mic_filepath,farend_filepath,duration,scenario,delay_ms,clean_scale\nm.wav,f.wav,1,far_end,20.5,0.5\n"
     )
     (row,) = read_manifest(tmp_path / "a.csv")
-    assert row["delay_ms"] == 20.5 and row["scenario"] == "far_end"
+    assert (row["delay_ms"], row["clean_scale"]) == (20.5, 0.5) and row["scenario"] == "far_end"
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
