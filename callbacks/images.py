@@ -1,7 +1,8 @@
 """Images to look at: in TensorBoard while training, PNG files after a test.
 
-The system says which (`figures(batch, output)`: tag -> (3, H, W) of the first example, uint8, or float from 0 to 1);
-this callback knows nothing else about it. A system without them gets none.
+The system says which (`figures(batch, output)`: tag -> (3, H, W) of the first example, uint8, or float from 0 to 1, or
+a map of numbers from 0 to 1, (H, W), which is drawn in colours); this callback knows nothing else about it. A system
+without them gets none.
 """
 
 from pathlib import Path
@@ -13,6 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.examples import FirstExamples
+from callbacks.spectrograms import coloured
+
+_LEAST = 128  # pixels of the shorter side of a map
 
 
 class ImageFigures(FirstExamples):
@@ -34,7 +38,11 @@ class ImageFigures(FirstExamples):
         super().__init__(every_n_epochs=every_n_epochs, num_shown=num_examples, num_written=num_look)
 
     def select(self, module: pl.LightningModule, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {tag: _to_uint8(figure) for tag, figure in figures.items() if figure.ndim == 3 and figure.shape[0] == 3}
+        images = {tag: figure for tag, figure in figures.items() if figure.ndim == 3 and figure.shape[0] == 3}
+        maps = {tag: figure for tag, figure in figures.items() if figure.ndim == 2}
+        return {tag: _to_uint8(image) for tag, image in images.items()} | {
+            tag: _drawn(map) for tag, map in maps.items()
+        }
 
     def show(
         self, writer: Any, example: int, figures: dict[str, Tensor], module: pl.LightningModule, step: int
@@ -44,6 +52,13 @@ class ImageFigures(FirstExamples):
 
     def write(self, stem: Path, figure: Tensor, module: pl.LightningModule) -> None:
         Image.fromarray(figure.permute(1, 2, 0).numpy()).save(f"{stem}.png")  # (3, H, W) -> (H, W, 3)
+
+
+def _drawn(map: Tensor) -> Tensor:
+    """(H, W) -> (3, H', W'), each number a square that is large enough to be seen."""
+    colours = torch.from_numpy(coloured(map.detach().float().nan_to_num().cpu().numpy())).permute(2, 0, 1)
+    times = max(1, _LEAST // max(1, min(map.shape)))
+    return colours.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def _to_uint8(image: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def spectrogram_figure(signals: Mapping[str, Tensor], sample_rate: int) -> Tenso
     draw = ImageDraw.Draw(canvas)
     for row, (name, level) in enumerate(levels.items()):
         top = row * (_ROWS + _GAP)
-        picture = Image.fromarray(_coloured(1 + (level - loudest) / _RANGE_DB))
+        picture = Image.fromarray(coloured(1 + (level - loudest) / _RANGE_DB))
         width = max(1, round(_COLUMNS * signals[name].numel() / sample_rate / duration_s))
         canvas.paste(picture.resize((width, _ROWS), Image.Resampling.BILINEAR), (_LEFT, top))
         draw.text((4, top + _ROWS // 2 - 6), name, _INK)
@@ -63,8 +63,8 @@ def spectrogram_db(signal: Tensor, sample_rate: int) -> np.ndarray:
     return (10 * torch.log10(spectrum.abs().square().clamp_min(1e-20))).flip(0).cpu().numpy()
 
 
-def _coloured(levels: np.ndarray) -> np.ndarray:
-    """Levels, 0 to 1 and clipped there, (F, N) -> colours (F, N, 3), uint8."""
+def coloured(levels: np.ndarray) -> np.ndarray:
+    """Levels, 0 to 1 and clipped there, (H, W) -> colours from black to pale yellow (H, W, 3), uint8."""
     at = np.linspace(0, 1, len(_COLOURS))
     return np.stack([np.interp(levels, at, channel) for channel in _COLOURS.T], axis=-1).astype(np.uint8)
 

@@ -1,4 +1,7 @@
-"""A checkpoint -> ONNX with sizes of its inputs left open, compared with the original at three; and one of 8 bits."""
+"""A checkpoint -> ONNX with sizes of its inputs left open, compared with the original at three; and one of 8 bits.
+
+Of a system that runs live it is one step instead: launch/export_stream.py.
+"""
 
 import itertools
 import logging
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from data.audio import atomic_path
 from data.base import SystemData
-from launch import checkpoint, quantise
+from launch import checkpoint, export_stream, quantise
 from launch.build import disagreements, plain, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten
@@ -49,7 +52,19 @@ def run(cfg: DictConfig) -> None:
     system = build_system(content, path, config["packages"])
     if system.not_exportable:
         raise ConfigError(f"{type(system).__name__} cannot be exported: {system.not_exportable}")
+    if wrong := next((name for name in ("waveform", "int8") if not isinstance(config[name], bool)), None):
+        raise ConfigError(f"{wrong} must be true or false, got {config[wrong]!r}")
+    step = system.streaming_step(waveform=config["waveform"])
+    if step is None and config["waveform"]:
+        raise ConfigError(
+            f"waveform=true is for systems that are exported step by step, {type(system).__name__} is not"
+        )
     data = _validation_data(system, config) if config["int8"] else None
+    if step is not None:
+        export_stream.export(step, output, opset=config["opset"])
+        if data is not None:
+            export_stream.export_int8(output, system, step, data, num_examples=config["calibration_examples"])
+        return
     sizes = of_three_sizes(system.example_input(), system.dynamic_axes)
     with atomic_path(output) as temporary:
         write_onnx(system, sizes[-1], temporary, opset=config["opset"])
@@ -63,7 +78,7 @@ def run(cfg: DictConfig) -> None:
                 )
     if data is not None:
         threshold: Any = system.threshold
-        _write_int8(output, data, num_images=config["calibration_images"], threshold=threshold)
+        _write_int8(output, data, num_images=config["calibration_examples"], threshold=threshold)
 
 
 def write_onnx(system: System, example: dict[str, Tensor], path: Path, *, opset: int) -> None:
@@ -117,22 +132,20 @@ def largest_difference(system: System, path: Path, inputs: dict[str, Tensor]) ->
 
 def _validation_data(system: System, config: dict[str, Any]) -> SystemData:
     """Of the checkpoint's configuration and what was typed. Raises ConfigError where there can be none."""
-    name, kinds = type(system).__name__, set(system.inputs.values())
-    if kinds != {"image"} or not hasattr(system, "threshold"):
-        raise ConfigError(f"int8=true is for the segmentation of images, {name} takes {' and '.join(sorted(kinds))}")
+    if not hasattr(system, "threshold") and system.streaming_step(waveform=False) is None:
+        name = type(system).__name__
+        raise ConfigError(f"int8=true is for the segmentation of images and for echo cancellation, not for {name}")
     problems = []
-    if not isinstance(config["int8"], bool):
-        problems.append(f"int8 must be true or false, got {config['int8']!r}")
-    num_images = config["calibration_images"]
-    if not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1:
-        problems.append(f"calibration_images must be a whole number of at least 1, got {num_images!r}")
+    num_examples = config["calibration_examples"]
+    if not isinstance(num_examples, int) or isinstance(num_examples, bool) or num_examples < 1:
+        problems.append(f"calibration_examples must be a whole number of at least 1, got {num_examples!r}")
     blueprint = Blueprint("data", config["data"], SystemData, config["packages"])
     problems += [*blueprint.problems, *disagreements(dict(system.hparams), config["data"])]
     if problems:
         raise ConfigError("\n".join(problems))
     data = blueprint.build()
     if not data.has_data("val"):
-        raise ConfigError("int8=true needs validation images: set data.val_manifest=… (the checkpoint's run had none)")
+        raise ConfigError("int8=true needs validation data: set data.val_manifest=… (the checkpoint's run had none)")
     data.setup("validate")
     return data
 

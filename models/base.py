@@ -9,17 +9,34 @@ import inspect
 import math
 import re
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from models.global_loss import CountedGradient, CountedMeans
 from models.optim import build_optimizer, build_schedule, check_optim, parameter_groups
 from modules import low_rank
 from modules.compilation import MODES, compile_in_training
+
+
+class StreamingStep(NamedTuple):
+    """One step of a live system: `module(first input, state, *other inputs)` gives the output and the next state.
+
+    *inputs*, *state*: by name, as before the first step. *output*: its name. *facts*: what whoever runs it has to know,
+    such as sample_rate. *split*: a recording (T,) -> each step's input. *join*: all outputs, T -> (T,), without delay.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    state: dict[str, Tensor]
+    output: str
+    facts: dict[str, Any]
+    split: Callable[[Tensor], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], int], Tensor]
 
 
 class System(pl.LightningModule, ABC):
@@ -98,14 +115,20 @@ class System(pl.LightningModule, ABC):
         return []
 
     def figures(self, batch: dict[str, Tensor], output: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of the first example is worth hearing or seeing: tag -> audio (T,), or an image (3, H, W) of
-        uint8, or of float from 0 to 1.
+        """What of the first example is worth hearing or seeing: tag -> audio (T,), an image (3, H, W) of uint8, or of
+        float from 0 to 1, or a map (H, W) of float from 0 to 1, which is drawn in colours.
         """
         return {}
 
     def example_input(self) -> dict[str, Tensor]:
         """A small input for each name in `inputs`, as `forward` takes them."""
         raise ValueError(f"{type(self).__name__} has no example_input")
+
+    def streaming_step(self, *, waveform: bool) -> StreamingStep | None:
+        """What export.py writes of a system that runs live; None: `forward`. *waveform*: samples in and out, where the
+        network itself has spectra.
+        """
+        return None
 
     def predict(self, *signals: Tensor, **options: Any) -> dict[str, Tensor]:
         """Signals in, signals out, as named by `inputs` and `outputs`; pure. A single input also positional."""

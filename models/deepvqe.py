@@ -6,6 +6,8 @@ resynthesised waveform; the terms beside it, and what each is for, are in losses
 
 import logging
 import math
+import time
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,12 +26,13 @@ from losses.echo import (
 )
 from metrics.echo import EchoMetrics
 from metrics.perceptual import checked_names
-from models.base import System
+from models.base import StreamingStep, System
 from models.global_loss import mean_of_all
 from models.importers.deepvqe import arguments_of, convert
 from models.optim import is_number
 from modules.chunking import split_chunks, stitch_sources
 from modules.deepvqe import DeepVQE as Network
+from modules.deepvqe_stream import DeepVQEStream, WaveformStream, enhance_stream
 from modules.delay import estimate_delay
 from modules.resampling import resample
 from modules.stft import PRESETS, STFT
@@ -64,7 +67,6 @@ class DeepVQE(System):
     inputs: ClassVar[dict[str, str]] = {"mic": "audio", "far": "audio"}
     outputs: ClassVar[dict[str, str]] = {"enhanced": "audio"}
     of_training = ("init_identity",)
-    not_exportable: ClassVar[str | None] = "its STFT and its alignment need the length of a recording; use predict.py"
     chosen_in_evaluation: ClassVar[tuple[str, ...]] = ("scores",)
 
     def __init__(
@@ -240,7 +242,11 @@ class DeepVQE(System):
         signals = {"mic": batch["mic"], "far": batch["far"], "enhanced": output["enhanced"]}
         if batch["has_target"][0]:
             signals["target"] = batch["target"]
-        return {name: signal[0, :length] for name, signal in signals.items()}
+        figures = {name: signal[0, :length] for name, signal in signals.items()}
+        if "delay_distribution" in output:  # no delay at the bottom; the root, so that weak second thoughts are seen
+            frames = output["delay_distribution"][0, : length // self.hop_samples + 1]
+            figures[f"delays_up_to_{self.reach_ms:.0f}_ms"] = frames.T.flip(0).sqrt()
+        return figures
 
     def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
         state, source = convert(content)
@@ -261,6 +267,33 @@ class DeepVQE(System):
         generator = torch.Generator().manual_seed(0)
         return {name: torch.randn(1, self.sample_rate, generator=generator) for name in self.inputs}
 
+    def streaming_step(self, *, waveform: bool) -> StreamingStep:
+        """A frame of spectra (1, num_bins, 2), or with *waveform* a hop of samples (1, hop_samples)."""
+        signals = ("mic", "far") if self.network.alignment is not None else ("mic",)
+        module = WaveformStream(self.network, self.stft) if waveform else DeepVQEStream(self.network)
+        shape = (1, self.hop_samples) if waveform else (1, self.network.num_bins, 2)
+        inputs = {name: torch.zeros(shape, device=self.device) for name in signals}
+        facts = {"sample_rate": self.sample_rate, "hop_samples": self.hop_samples, "n_fft": self.stft.n_fft}
+        facts |= {"signals": "samples" if waveform else "spectra", "window": self.hparams["window"]}
+        split, join = (self._hops, self._of_hops) if waveform else (self._frames, self._of_frames)
+        return StreamingStep(module, inputs, module.initial_state(), "enhanced", facts, split, join)
+
+    def _frames(self, recording: Tensor) -> Sequence[Tensor]:
+        return self.stft(self._whole_hops(recording)).unbind(2)
+
+    def _of_frames(self, frames: Sequence[Tensor], num_samples: int) -> Tensor:
+        whole = (len(frames) - 1) * self.hop_samples
+        return self.stft.inverse(torch.stack(list(frames), 2), whole)[0, :num_samples]
+
+    def _hops(self, recording: Tensor) -> Sequence[Tensor]:
+        return F.pad(self._whole_hops(recording), (0, self.hop_samples)).split(self.hop_samples, 1)
+
+    def _of_hops(self, hops: Sequence[Tensor], num_samples: int) -> Tensor:
+        return torch.cat(list(hops), 1)[0, self.hop_samples :][:num_samples]
+
+    def _whole_hops(self, recording: Tensor) -> Tensor:
+        return F.pad(recording, (0, -len(recording) % self.hop_samples))[None]
+
     @torch.inference_mode()
     def predict(
         self,
@@ -270,11 +303,13 @@ class DeepVQE(System):
         sample_rate: int | None = None,
         chunk_s: float = 60.0,
         overlap_s: float = 4.0,
+        streaming: bool = False,
     ) -> dict[str, Tensor]:
         """Cancel the echo in a recording of any length.
 
         *mic*, *far*: (T,) or (B, T), recorded together. *sample_rate*: their rate in Hz, null for the system's own.
-        Longer recordings than *chunk_s* seconds run in chunks that overlap by *overlap_s*.
+        Longer recordings than *chunk_s* seconds run in chunks that overlap by *overlap_s*. *streaming*: frame by frame
+        instead, as a live system would, on one core; the log tells the real-time factor.
 
         Returns `enhanced`, (…, T) at the recordings' rate and the microphone's level.
         """
@@ -284,23 +319,46 @@ class DeepVQE(System):
         signals = torch.stack([mic, far], -2).to(self.device, torch.float32)
         signals = signals.reshape(-1, *signals.shape[-2:])  # (B, 2, T)
         own = resample(signals, rate, self.sample_rate)
+        enhanced = self._stream(own) if streaming else self._in_chunks(own, chunk_s=chunk_s, overlap_s=overlap_s)
+        back = resample(enhanced, self.sample_rate, rate)[..., : mic.shape[-1]]
+        return {"enhanced": back.reshape(mic.shape)}
+
+    def _stream(self, signals: Tensor) -> Tensor:
+        """(B, 2, T) -> (B, T)"""
+        self._warn_of_delay(signals)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        began = time.perf_counter()
+        try:
+            used = signals.unbind(1) if self.network.alignment is not None else (signals[:, 0],)
+            enhanced = enhance_stream(WaveformStream(self.network, self.stft), *used)
+        finally:
+            torch.set_num_threads(threads)
+        took_s, length_s = time.perf_counter() - began, signals.shape[-1] / self.sample_rate
+        log.info("%.1f s in %.1f s on one core: real-time factor %.3f", length_s, took_s, took_s / length_s)
+        return enhanced
+
+    def _in_chunks(self, own: Tensor, *, chunk_s: float, overlap_s: float) -> Tensor:
+        """(B, 2, T) -> (B, T)"""
         hop, num_samples = self.hop_samples, own.shape[-1]
         own = F.pad(own, (0, -num_samples % hop))
         chunk_samples, overlap_samples = (hop * round(s * self.sample_rate / hop) for s in (chunk_s, overlap_s))
         warm_up = overlap_samples // 2  # a chunk's beginning knows nothing of the echo of what was played before it
-        warned = self.network.alignment is None
-        pieces = []
+        warned, pieces = False, []
         # All chunks begin on one grid of frames.
         for start, piece in split_chunks(own, chunk_samples=chunk_samples, overlap_samples=overlap_samples, unit=hop):
             warned = warned or self._warn_of_delay(piece)
             skip = warm_up if start else 0
             pieces.append((start + skip, self(piece[:, 0], piece[:, 1])[:, None, skip:]))
-        enhanced = stitch_sources(pieces, own.shape[-1])[:, 0, :num_samples]
-        back = resample(enhanced, self.sample_rate, rate)[..., : mic.shape[-1]]
-        return {"enhanced": back.reshape(mic.shape)}
+        return stitch_sources(pieces, own.shape[-1])[:, 0, :num_samples]
 
     def _warn_of_delay(self, signals: Tensor) -> bool:
-        """A line when an echo comes later than the network can look back; whether there was one. Shape: (B, 2, T)."""
+        """A line when an echo comes later than the network can look back; whether there is nothing more to say.
+
+        Shape: (B, 2, T).
+        """
+        if self.network.alignment is None:
+            return True
         for mic, far in signals.cpu():
             delay_s, _ = estimate_delay(mic, far, sample_rate=self.sample_rate, max_s=max(1.0, 2e-3 * self.reach_ms))
             if delay_s is not None and not 0 <= 1000 * delay_s <= self.reach_ms:

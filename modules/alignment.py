@@ -110,6 +110,7 @@ class SoftAlignment(nn.Module):
             raise ValueError(f"SoftAlignment: max_delay_frames must be at least 1, got {max_delay_frames!r}")
         if not temperature > 0:
             raise ValueError(f"SoftAlignment: temperature must be above 0, got {temperature!r}")
+        self.far_channels = far_channels
         self.max_delay_frames = max_delay_frames
         self.scale = scale
         self.mask_start = mask_start

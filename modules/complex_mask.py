@@ -18,7 +18,7 @@ NUM_MASK_CHANNELS = 27
 IDENTITY_CHANNEL = 7
 
 
-def complex_convolving_mask(mask: Tensor, spectrum: Tensor) -> Tensor:
+def complex_convolving_mask(mask: Tensor, spectrum: Tensor, before: Tensor | None = None) -> Tensor:
     """Applies a mask of 27 real channels, never below float32.
 
     Channel r * 9 + m * 3 + n is the share of the r-th cube root of one in the complex weight of frame t - 2 + m and
@@ -27,10 +27,10 @@ def complex_convolving_mask(mask: Tensor, spectrum: Tensor) -> Tensor:
         H_mn(t, f) = sum_r exp(2 pi i r / 3) mask_rmn(t, f)
         output(t, f) = sum_mn H_mn(t, f) spectrum(t - 2 + m, f - 1 + n)
 
-    with zeros around the spectrum. The roots add up to zero, so equal channels are silence. Complex tensors would give
-    the same numbers, but do not export.
+    with zeros around the spectrum, or the two frames *before* it. The roots add up to zero, so equal channels are
+    silence. Complex tensors would give the same numbers, but do not export.
 
-    Shape: mask (B, 27, frames, F), spectrum (B, F, frames, 2) -> (B, F, frames, 2).
+    Shape: mask (B, 27, frames, F), spectrum (B, F, frames, 2), before (B, F, 2, 2) -> (B, F, frames, 2).
 
     Raises ValueError when the two do not fit.
     """
@@ -43,7 +43,8 @@ def complex_convolving_mask(mask: Tensor, spectrum: Tensor) -> Tensor:
         first, second, third = mask.unflatten(1, (3, 3, 3)).unbind(1)  # each (B, m, n, frames, F)
         weight_re = first - 0.5 * (second + third)
         weight_im = math.sqrt(0.75) * (second - third)
-        padded = F.pad(spectrum.to(mask.dtype).permute(3, 0, 2, 1), (1, 1, 2, 0))  # (2, B, frames + 2, F + 2)
+        whole = F.pad(spectrum, (0, 0, 2, 0)) if before is None else torch.cat([before, spectrum], 2)
+        padded = F.pad(whole.to(mask.dtype).permute(3, 0, 2, 1), (1, 1))  # (2, B, frames + 2, F + 2)
         neighbours = padded.unfold(2, 3, 1).unfold(3, 3, 1)  # a view: (2, B, frames, F, m, n)
         re, im = neighbours.permute(0, 1, 4, 5, 2, 3)  # each (B, m, n, frames, F)
         output_re = (weight_re * re - weight_im * im).sum((1, 2))  # (B, frames, F)

@@ -61,7 +61,11 @@ class CausalConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, (4, 3), stride=(1, frequency_stride), padding=(0, 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(F.pad(input, self.front_padding))
+        return self.convolve_padded(F.pad(input, self.front_padding))
+
+    def convolve_padded(self, padded: Tensor) -> Tensor:
+        """(B, in_channels, 3 + T, F), the frames before in front -> as forward"""
+        return super().forward(padded)
 
 
 class ResidualBlock(nn.Module):
@@ -126,7 +130,11 @@ class SubpixelConv(nn.Module):
         self.conv = CausalConv(in_channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.conv(x).unflatten(1, (2, -1))  # (B, r, C, T, F)
+        return self.spread(self.conv(x))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Two values of each bin to their places: (B, 2 * out_channels, T, F) -> (B, out_channels, T, 2 F)"""
+        values = values.unflatten(1, (2, -1))  # (B, r, C, T, F)
         order = (0, 2, 3, 4, 1) if self.subpixel == "interleave" else (0, 2, 3, 1, 4)
         return values.permute(order).flatten(3)
 

@@ -82,10 +82,13 @@ class LowRankConv(LowRankLayer):
     """A convolution with *rank* outputs, then a 1x1 convolution. Shape: (N, inputs, …) -> (N, outputs, …)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        front = _front_padding(self.dense)
+        return self.convolve_padded(F.pad(x, front) if any(front) else x)
+
+    def convolve_padded(self, x: Tensor) -> Tensor:
+        """As forward, of what the dense layer's own forward has padded first."""
         dense, convolve = self.dense, _CONVOLUTIONS[_base(self.dense)]
         padding = dense.padding
-        if any(front := _front_padding(dense)):
-            x = F.pad(x, front)
         if dense.padding_mode != "zeros":
             x = F.pad(x, dense._reversed_padding_repeated_twice, mode=dense.padding_mode)
             padding = 0

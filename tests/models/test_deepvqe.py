@@ -198,9 +198,23 @@ def test_ratios_leave_silent_targets_out_and_the_delay_paths_that_change() -> No
 
 def test_figures_leave_an_unknown_target_out() -> None:
     system, batch = build().eval(), make_batch()
-    assert set(system.figures(batch, system.step(batch))) == {"mic", "far", "enhanced", "target"}
+    delays = f"delays_up_to_{system.reach_ms:.0f}_ms"
+    assert set(system.figures(batch, system.step(batch))) == {"mic", "far", "enhanced", "target", delays}
     batch["has_target"][0] = False
-    assert set(system.figures(batch, system.step(batch))) == {"mic", "far", "enhanced"}
+    assert set(system.figures(batch, system.step(batch))) == {"mic", "far", "enhanced", delays}
+
+
+def test_figure_of_the_delays() -> None:
+    """Time to the right, no delay at the bottom, of the recording without its padding; squares are probabilities."""
+    system, batch = build().eval(), make_batch()
+    with torch.no_grad():
+        output = system.step(batch)
+    batch["length"][0] = 10 * system.hop_samples
+    figure = system.figures(batch, output)[f"delays_up_to_{system.reach_ms:.0f}_ms"]
+    distribution = output["delay_distribution"][0]
+    assert figure.shape == (distribution.shape[1], 11)
+    torch.testing.assert_close(figure.square().flip(0).T, distribution[:11])
+    torch.testing.assert_close(figure.square().sum(0), torch.ones(11))
 
 
 def test_validation_reports_each_scenario() -> None:
