@@ -9,7 +9,6 @@ Decisions that are not obvious
 import itertools
 import logging
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from data.audio import atomic_path
 from data.base import SystemData
 from launch.onnx_stream import NEXT, OnnxStream
+from launch.quantise import write_quantised
 from models.base import StreamingStep, System
 
 log = logging.getLogger(__name__)
@@ -114,23 +114,13 @@ def export_int8(output: Path, system: System, step: StreamingStep, data: SystemD
 
 def write_int8(path: Path, output: Path, step: StreamingStep, examples: Iterator[dict[str, Tensor]]) -> None:
     """Quantise the file *path*, with the ranges that its activations have on *examples*, each signal (1, T)."""
-    from onnxruntime import quantization
-
-    with tempfile.TemporaryDirectory() as folder, atomic_path(output) as temporary:
-        prepared = Path(folder) / "prepared.onnx"
-        quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared),
-            str(temporary),
-            _Calibration(OnnxStream(path), step, examples),  # type: ignore[arg-type]
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm"],  # the transforms of samples are MatMul: 8 bits would be heard
-            per_channel=True,
-            reduce_range=True,  # see launch/quantise.py
-            weight_type=quantization.QuantType.QInt8,
-            activation_type=quantization.QuantType.QInt8,
-            extra_options={"CalibMaxIntermediateOutputs": 16},
-        )
+    write_quantised(
+        path,
+        output,
+        _calibration(OnnxStream(path), step, examples),
+        op_types_to_quantize=["Conv", "Gemm"],  # the transforms of samples are MatMul: 8 bits would be heard
+        extra_options={"CalibMaxIntermediateOutputs": 16},  # of as many frames at a time the ranges are in memory
+    )
 
 
 def _compare(output: Path, int8: Path, system: System, step: StreamingStep, data: SystemData) -> None:
@@ -162,21 +152,13 @@ def _examples(data: SystemData) -> Iterator[dict[str, Tensor]]:
             yield {name: value[:, :length] if value.ndim > 1 else value for name, value in one.items()}
 
 
-class _Calibration:
-    """As onnxruntime wants calibration data: all inputs of a step, one step after the other, then None."""
-
-    def __init__(self, stream: OnnxStream, step: StreamingStep, examples: Iterator[dict[str, Tensor]]) -> None:
-        self._inputs = self._of_all(stream, step, examples)
-
-    def _of_all(
-        self, stream: OnnxStream, step: StreamingStep, examples: Iterator[dict[str, Tensor]]
-    ) -> Iterator[dict[str, np.ndarray]]:
-        for example in examples:
-            stream.reset()
-            for index, parts in enumerate(_steps(step, [example[name][0] for name in stream.signals])):
-                if index % _EVERY == _EVERY - 1:
-                    yield dict(zip(stream.signals, parts, strict=True)) | stream.state
-                stream(*parts)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._inputs, None)
+def _calibration(
+    stream: OnnxStream, step: StreamingStep, examples: Iterator[dict[str, Tensor]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """All inputs of some steps."""
+    for example in examples:
+        stream.reset()
+        for index, parts in enumerate(_steps(step, [example[name][0] for name in stream.signals])):
+            if index % _EVERY == _EVERY - 1:
+                yield dict(zip(stream.signals, parts, strict=True)) | stream.state
+            stream(*parts)

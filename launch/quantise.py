@@ -44,22 +44,42 @@ def pieces(image: np.ndarray, mask: np.ndarray) -> Iterator[Example]:
 
 def write_int8(path: Path, output: Path, calibration: Iterable[Example]) -> None:
     """Quantise the file *path*, with the ranges that its activations have on *calibration*."""
+    images = (image for example in calibration for image, _ in pieces(*example))
+    name = _session(path).get_inputs()[0].name
+    write_quantised(path, output, ({name: image} for image in images))
+
+
+def write_quantised(path: Path, output: Path, inputs: Iterator[dict[str, np.ndarray]], **options: Any) -> None:
+    """Quantise the file *path*, with the ranges that its activations have on *inputs*, by name.
+
+    *options*: of onnxruntime's quantize_static, beside those that all our files have.
+    """
     from onnxruntime import quantization
 
-    images = (image for example in calibration for image, _ in pieces(*example))
     with tempfile.TemporaryDirectory() as folder, atomic_path(output) as temporary:
         prepared = Path(folder) / "prepared.onnx"
         quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(prepared),
             str(temporary),
-            _reader(_session(path).get_inputs()[0].name, images),
+            _Reader(inputs),  # type: ignore[arg-type]
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QInt8,
+            **options,
         )
+
+
+class _Reader:
+    """As onnxruntime wants calibration data: one input after the other, then None."""
+
+    def __init__(self, inputs: Iterator[dict[str, np.ndarray]]) -> None:
+        self._inputs = inputs
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._inputs, None)
 
 
 def intersection_over_union(path: Path, data: Iterable[Example], *, threshold: float) -> tuple[float, int]:
@@ -85,14 +105,3 @@ def _session(path: Path) -> Any:
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-
-def _reader(name: str, images: Iterator[np.ndarray]) -> Any:
-    """As onnxruntime wants calibration data: one input after the other, then None."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
-            return next(({name: image} for image in images), None)
-
-    return Reader()
