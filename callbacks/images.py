@@ -16,7 +16,7 @@ from torch import Tensor
 from callbacks.examples import FirstExamples
 from callbacks.spectrograms import coloured
 
-_LEAST = 128  # pixels of the shorter side of a map
+_LEAST = 128  # pixels of each side of a map
 
 
 class ImageFigures(FirstExamples):
@@ -55,10 +55,10 @@ class ImageFigures(FirstExamples):
 
 
 def _drawn(map: Tensor) -> Tensor:
-    """(H, W) -> (3, H', W'), each number a square that is large enough to be seen."""
+    """(H, W) -> (3, H', W'), each number a rectangle that is large enough to be seen."""
     colours = torch.from_numpy(coloured(map.detach().float().nan_to_num().cpu().numpy())).permute(2, 0, 1)
-    times = max(1, _LEAST // max(1, min(map.shape)))
-    return colours.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    high, wide = (max(1, _LEAST // max(1, size)) for size in map.shape)
+    return colours.repeat_interleave(high, 1).repeat_interleave(wide, 2)
 
 
 def _to_uint8(image: Tensor) -> Tensor:

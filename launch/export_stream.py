@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _TOLERANCE = 1e-3  # of the largest sample, as in launch/export.py
 _STEPS = 25  # compared with the original
 _EVERY = 20  # frame of a recording that ranges are taken from
+_PERCENTILE = 99.999  # of the values is within a range; the loudest frame alone would make all others coarse
 _SCORES = ("si_sdr_", "erle_far_end")  # beginnings of names of metrics in decibels
 
 
@@ -114,12 +115,19 @@ def export_int8(output: Path, system: System, step: StreamingStep, data: SystemD
 
 def write_int8(path: Path, output: Path, step: StreamingStep, examples: Iterator[dict[str, Tensor]]) -> None:
     """Quantise the file *path*, with the ranges that its activations have on *examples*, each signal (1, T)."""
+    import onnx
+    from onnxruntime import quantization
+
+    layers = tuple(f"network.{layer}" for layer in step.not_in_8_bits)
+    nodes = onnx.load(str(path)).graph.node
     write_quantised(
         path,
         output,
         _calibration(OnnxStream(path), step, examples),
+        nodes_to_exclude=[node.name for node in nodes if any(layer in name for name in node.input for layer in layers)],
         op_types_to_quantize=["Conv", "Gemm"],  # the transforms of samples are MatMul: 8 bits would be heard
-        extra_options={"CalibMaxIntermediateOutputs": 16},  # of as many frames at a time the ranges are in memory
+        calibrate_method=quantization.CalibrationMethod.Percentile,
+        extra_options={"CalibPercentile": _PERCENTILE, "CalibMaxIntermediateOutputs": 16},  # frames held in memory
     )
 
 

@@ -28,6 +28,7 @@ class StreamingStep(NamedTuple):
 
     *inputs*, *state*: by name, as before the first step. *output*: its name. *facts*: what whoever runs it has to know,
     such as sample_rate. *split*: a recording (T,) -> each step's input. *join*: all outputs, T -> (T,), without delay.
+    *not_in_8_bits*: beginnings of names of layers whose rounding is heard.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class StreamingStep(NamedTuple):
     facts: dict[str, Any]
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor], int], Tensor]
+    not_in_8_bits: tuple[str, ...] = ()
 
 
 class System(pl.LightningModule, ABC):

@@ -276,7 +276,8 @@ class DeepVQE(System):
         facts = {"sample_rate": self.sample_rate, "hop_samples": self.hop_samples, "n_fft": self.stft.n_fft}
         facts |= {"signals": "samples" if waveform else "spectra", "window": self.hparams["window"]}
         split, join = (self._hops, self._of_hops) if waveform else (self._frames, self._of_frames)
-        return StreamingStep(module, inputs, module.initial_state(), "enhanced", facts, split, join)
+        ends = ("mic_encoder.0.", "far_encoder.0.", "alignment.", f"decoder.{len(self.network.decoder) - 1}.")
+        return StreamingStep(module, inputs, module.initial_state(), "enhanced", facts, split, join, ends)
 
     def _frames(self, recording: Tensor) -> Sequence[Tensor]:
         return self.stft(self._whole_hops(recording)).unbind(2)

@@ -20,6 +20,7 @@ TINY = dict(mic_channels=[4, 6, 8], far_channels=[4, 6], decoder_channels=[6, 4]
             align={"hidden_channels": 4, "max_delay_ms": 200.0})  # fmt: skip
 SMALL = dict(mic_channels=[16, 40, 56, 24], far_channels=[8, 24], decoder_channels=[40, 32, 32], gru_hidden=183,
              residual="inner_decoder", align={"hidden_channels": 8})  # fmt: skip
+INNER, LAST = "decoder.0.subpixel.conv.weight", "decoder.1.subpixel.conv.weight"
 LENGTHS = (4001, 7999)  # samples
 
 
