@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.checks import whole_number
+from data.forking import CheckedForkContext
 from data.worker_folder import worker_folder
 
 _MAX_WORKERS = 8
@@ -136,6 +137,10 @@ def make_loader(
         cores=available_cores(),
         processes=processes,
     )
+    if settings["num_workers"]:
+        method = settings["multiprocessing_context"] or multiprocessing.get_start_method(allow_none=True)
+        method = method or multiprocessing.get_all_start_methods()[0]  # the platform's
+        settings["multiprocessing_context"] = CheckedForkContext() if method == "fork" else method
     return _Loader(
         dataset,
         batch_size=batch_size,
