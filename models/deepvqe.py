@@ -7,7 +7,7 @@ resynthesised waveform; the terms beside it, and what each is for, are in losses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,12 +27,20 @@ from losses.echo import (
 from metrics.echo import EchoMetrics
 from metrics.perceptual import checked_names
 from models.base import StreamingStep, System
+from models.deepvqe_sections import ALIGN, LOSS, check_foreign, section
 from models.global_loss import mean_of_all
 from models.importers.deepvqe import arguments_of, convert
-from models.optim import is_number
 from modules.chunking import split_chunks, stitch_sources
 from modules.deepvqe import DeepVQE as Network
-from modules.deepvqe_stream import DeepVQEStream, WaveformStream, enhance_stream
+from modules.deepvqe_stream import (
+    DeepVQEStream,
+    WaveformStream,
+    enhance_stream,
+    frames,
+    hops,
+    of_frames,
+    of_hops,
+)
 from modules.delay import estimate_delay
 from modules.resampling import resample
 from modules.stft import PRESETS, STFT
@@ -98,8 +106,8 @@ class DeepVQE(System):
             raise ValueError(f"model.stft={stft} is made for {preset_rate} Hz: set model.sample_rate={preset_rate}")
         self.sample_rate = sample_rate
         self.hop_samples = hop_samples
-        self.align = _section("align", align, _ALIGN)
-        self.loss_terms = _section("loss", loss, _LOSS)
+        self.align = section("align", align, ALIGN)
+        self.loss_terms = section("loss", loss, LOSS)
         self.hparams.update(align=self.align, loss=self.loss_terms)  # whole, so that a later default changes nothing
         self.scores = checked_names(scores)
         lists = {"mic_channels": mic_channels, "far_channels": far_channels, "decoder_channels": decoder_channels}
@@ -251,15 +259,7 @@ class DeepVQE(System):
     def import_weights(self, content: dict[str, Any]) -> dict[str, Tensor]:
         state, source = convert(content)
         if source != "ours":
-            own = dict(self.hparams) | {f"align_{key}": value for key, value in self.align.items()}
-            own["align_hidden"] = self.align["hidden_channels"]
-            theirs = arguments_of(state, source)
-            wrong = {key: value for key, value in theirs.items() if key in own and _as_list(own[key]) != value}
-            if wrong:
-                typed = " ".join(f"model.{_TYPED.get(key, key)}={_as_typed(value)}" for key, value in wrong.items())
-                raise ValueError(f"weights of another network; set {typed}")
-            unknown = [f"{key}={own[key]}" for key in ("stft", "window", "compression")]
-            unknown += [f"{_TYPED[key]}={own[key]}" for key in ("align_max_delay_ms", "align_temperature")]
+            unknown = check_foreign(dict(self.hparams), self.align, arguments_of(state, source))
             log.warning("%s's weights do not say what they were trained with; taken for %s", source, ", ".join(unknown))
         return {name if name.startswith("network.") else f"network.{name}": value for name, value in state.items()}
 
@@ -275,25 +275,18 @@ class DeepVQE(System):
         inputs = {name: torch.zeros(shape, device=self.device) for name in signals}
         facts = {"sample_rate": self.sample_rate, "hop_samples": self.hop_samples, "n_fft": self.stft.n_fft}
         facts |= {"signals": "samples" if waveform else "spectra", "window": self.hparams["window"]}
-        split, join = (self._hops, self._of_hops) if waveform else (self._frames, self._of_frames)
+        split, join = (hops, of_hops) if waveform else (frames, of_frames)
         ends = ("mic_encoder.0.", "far_encoder.0.", "alignment.", f"decoder.{len(self.network.decoder) - 1}.")
-        return StreamingStep(module, inputs, module.initial_state(), "enhanced", facts, split, join, ends)
-
-    def _frames(self, recording: Tensor) -> Sequence[Tensor]:
-        return self.stft(self._whole_hops(recording)).unbind(2)
-
-    def _of_frames(self, frames: Sequence[Tensor], num_samples: int) -> Tensor:
-        whole = (len(frames) - 1) * self.hop_samples
-        return self.stft.inverse(torch.stack(list(frames), 2), whole)[0, :num_samples]
-
-    def _hops(self, recording: Tensor) -> Sequence[Tensor]:
-        return F.pad(self._whole_hops(recording), (0, self.hop_samples)).split(self.hop_samples, 1)
-
-    def _of_hops(self, hops: Sequence[Tensor], num_samples: int) -> Tensor:
-        return torch.cat(list(hops), 1)[0, self.hop_samples :][:num_samples]
-
-    def _whole_hops(self, recording: Tensor) -> Tensor:
-        return F.pad(recording, (0, -len(recording) % self.hop_samples))[None]
+        return StreamingStep(
+            module,
+            inputs,
+            module.initial_state(),
+            output="enhanced",
+            facts=facts,
+            split=partial(split, self.stft),
+            join=partial(join, self.stft),
+            not_in_8_bits=ends,
+        )
 
     @torch.inference_mode()
     def predict(
@@ -373,40 +366,6 @@ class DeepVQE(System):
                 )
                 return True
         return False
-
-
-_ALIGN = {"hidden_channels": 32, "max_delay_ms": 1000.0, "scale": True, "temperature": 1.0, "mask_start": False}
-_LOSS = {
-    "compression": 0.3,
-    "complex_weight": 0.3,
-    "si_snr_weight": 0.0,
-    "snr_weight": 0.0,
-    "delay_weight": 0.0,
-    "echo_weight": 0.0,
-}
-_LIMITS = {"max_delay_ms": (1, 60_000), "temperature": (1e-6, 1e6), "compression": (0.01, 1), "complex_weight": (0, 1)}
-_LIMITS |= {key: (0, 1e6) for key in _LOSS if key.endswith("_weight") and key != "complex_weight"}
-_TYPED = {"align_hidden": "align.hidden_channels"} | {f"align_{key}": f"align.{key}" for key in _ALIGN}
-
-
-def _section(name: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A nested section with its defaults. Raises ValueError for a key that it does not have, or a wrong number."""
-    if unknown := sorted(set(given or {}) - set(defaults)):
-        raise ValueError(f"model.{name} has no {', '.join(unknown)}; it has {', '.join(defaults)}")
-    values = defaults | (given or {})
-    for key, (least, most) in _LIMITS.items():
-        if key in values and not (is_number(values[key]) and least <= values[key] <= most):
-            raise ValueError(f"model.{name}.{key}={values[key]}: give a number from {least:g} to {most:g}")
-    return values
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
-
-
-def _as_typed(value: Any) -> str:
-    """As it is typed on a command line."""
-    return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
 
 
 def _as_from_stft(spectrum: Tensor) -> Tensor:

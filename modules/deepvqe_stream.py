@@ -8,6 +8,7 @@ The alignment's memories begin with the newest frame: place d - 1 in them is a d
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -132,6 +133,31 @@ def enhance_stream(stream: WaveformStream, *signals: Tensor) -> Tensor:
         piece, state = stream(mic, state, *far)
         pieces.append(piece)
     return torch.cat(pieces, 1)[:, stream.delay_samples :][:, :num_samples]
+
+
+def frames(stft: STFT, recording: Tensor) -> tuple[Tensor, ...]:
+    """What `DeepVQEStream` is given of a recording: (T,) -> (1, num_bins, 2) each."""
+    return stft(_whole_hops(stft, recording)).unbind(2)
+
+
+def of_frames(stft: STFT, frames: Sequence[Tensor], num_samples: int) -> Tensor:
+    """All that `DeepVQEStream` gave: (1, num_bins, 2) each -> (num_samples,)"""
+    whole = (len(frames) - 1) * stft.hop_samples
+    return stft.inverse(torch.stack(list(frames), 2), whole)[0, :num_samples]
+
+
+def hops(stft: STFT, recording: Tensor) -> tuple[Tensor, ...]:
+    """What `WaveformStream` is given of a recording: (T,) -> (1, hop_samples) each, one more for its delay."""
+    return F.pad(_whole_hops(stft, recording), (0, stft.hop_samples)).split(stft.hop_samples, 1)
+
+
+def of_hops(stft: STFT, hops: Sequence[Tensor], num_samples: int) -> Tensor:
+    """All that `WaveformStream` gave, without its delay: (1, hop_samples) each -> (num_samples,)"""
+    return torch.cat(list(hops), 1)[0, stft.hop_samples :][:num_samples]
+
+
+def _whole_hops(stft: STFT, recording: Tensor) -> Tensor:
+    return F.pad(recording, (0, -len(recording) % stft.hop_samples))[None]
 
 
 class _Step:

@@ -135,9 +135,13 @@ def start(arguments: list[str], moment: str = "") -> Attempt:
 
 def finish(attempt: Attempt, code: int = 0) -> str:
     """Wait for the end; nothing of the process group may be left."""
+    until = time.monotonic() + 300
     while attempt.process.poll() is None:
         attempt.read()
         time.sleep(0.02)
+        if time.monotonic() > until:
+            os.killpg(attempt.process.pid, signal.SIGKILL)
+            raise AssertionError(f"hangs:\n{attempt.output}")
     attempt.read()
     assert attempt.process.returncode == code, f"{attempt.process.returncode}, not {code}:\n{attempt.output}"
     assert not survivors(attempt), attempt.output
