@@ -10,6 +10,7 @@ Decisions that are not obvious
 * Photos are looked at in pieces of at most 1024 pixels a side, so that the memory is bounded.
 """
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -59,17 +60,18 @@ def write_quantised(path: Path, output: Path, inputs: Iterator[dict[str, np.ndar
     with tempfile.TemporaryDirectory() as folder, atomic_path(output) as temporary:
         prepared = Path(folder) / "prepared.onnx"
         quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared),
-            str(temporary),
-            _Reader(inputs),  # type: ignore[arg-type]
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=True,
-            weight_type=quantization.QuantType.QInt8,
-            activation_type=quantization.QuantType.QInt8,
-            **options,
-        )
+        with contextlib.redirect_stdout(None):  # it prints how it counts
+            quantization.quantize_static(
+                str(prepared),
+                str(temporary),
+                _Reader(inputs),  # type: ignore[arg-type]
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=True,
+                weight_type=quantization.QuantType.QInt8,
+                activation_type=quantization.QuantType.QInt8,
+                **options,
+            )
 
 
 class _Reader:

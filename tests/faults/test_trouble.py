@@ -94,7 +94,8 @@ def test_worker_killed(command: list[str], alone: dict, in_tmp: Path) -> None:
         r"failed: a loader worker \(pid \d+\) (was killed \(Killed\)|ended), \w+ for lack of memory: ", last
     )
     assert last.endswith("exp_manager.resume_if_exists=true continues the run")
-    assert 5 <= read_checkpoint(NAME / "x" / LAST)["global_step"] < 2 * STEPS
+    # At the end of step 5, which the first process may not have saved yet when the second one ends.
+    assert 4 <= read_checkpoint(NAME / "x" / LAST)["global_step"] < 2 * STEPS
     resumed = run(*command, "exp_manager.version=x", RESUME)
     assert resumed.returncode == 0, resumed.stdout
     assert_same(read_checkpoint(NAME / "x" / LAST), alone)
