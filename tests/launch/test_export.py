@@ -52,7 +52,7 @@ def test_difference_is_a_share_of_the_largest_sample(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("int8=true", "int8=true is for the segmentation of images, ConvTasNet takes audio"),
+        ("int8=true", "int8=true is for the segmentation of images and for echo cancellation, not for ConvTasNet"),
         ("output=model.bin", "output=model.bin: give a file that ends in .onnx"),
     ],
 )

@@ -134,8 +134,6 @@ def test_predict_frame_by_frame(script: Callable, trained_echo: Path, recordings
         np.testing.assert_allclose(live[ends:-ends], whole[ends:-ends], atol=2e-2 * np.abs(whole).max())
 
 
-def test_only_what_runs_live_is_exported_so(script: Callable, trained: Path, trained_nest: Path, in_tmp: Path) -> None:
+def test_only_what_runs_live_is_exported_so(script: Callable, trained: Path, in_tmp: Path) -> None:
     done = script("export", [f"ckpt_path={trained}", "output=model.onnx", "waveform=true"])
     assert done.code == 2 and "exported step by step, ConvTasNet is not" in done.err
-    done = script("export", [f"ckpt_path={trained}", "output=model.onnx", "int8=true"])
-    assert done.code == 2 and "int8=true is for the segmentation of images and for echo cancellation" in done.err
