@@ -5,6 +5,7 @@ Some other errors are told in one line too, with exit code 1: what happens to so
 
 import errno
 import re
+import traceback
 
 
 class ConfigError(ValueError):
@@ -25,6 +26,10 @@ _USERS_MISTAKES = {
 _KNOWN_FAULTS = {"CannotSave", "NotFinite", "OutOfMemoryError"}
 _WORKER_GONE = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited unexp)")
 
+_WITH_FEWER = (
+    "lower data.loader.num_workers or data.loader.prefetch_factor; exp_manager.resume_if_exists=true continues the run"
+)
+
 
 def is_known_fault(error: BaseException) -> bool:
     """Whether one line tells all: no mistake of the user's, and none of ours that a traceback would help to find."""
@@ -33,7 +38,13 @@ def is_known_fault(error: BaseException) -> bool:
     if "DefaultCPUAllocator" in str(error):
         return True
     named = any(kind.__name__ in _KNOWN_FAULTS for kind in type(error).__mro__)
-    return named or _WORKER_GONE.match(str(error)) is not None
+    return named or _WORKER_GONE.match(str(error)) is not None or _lost_a_worker(error)
+
+
+def _lost_a_worker(error: BaseException) -> bool:
+    """Whether a loader worker ended while it handed out a batch."""
+    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ConnectionError | EOFError) and "multiprocessing.resource_sharer" in frames
 
 
 def is_users_mistake(error: BaseException) -> bool:
@@ -43,16 +54,15 @@ def is_users_mistake(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """The message alone; of an error that crossed a loader's process, the last line of its traceback."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if _lost_a_worker(error):
+        return f"a loader worker ended, perhaps for lack of memory: {_WITH_FEWER}"
     if not lines:
         return type(error).__name__
     if key := getattr(error, "full_key", None):  # OmegaConf's: the cause, and lines about its own objects
         return f"{key}: {lines[0].rpartition(' raised while resolving interpolation: ')[2]}"
     if gone := _WORKER_GONE.match(lines[0]):
         how = f"was killed ({gone[2]}), usually for lack of memory" if gone[2] else "ended, perhaps for lack of memory"
-        return (
-            f"a loader worker (pid {gone[1]}) {how}: lower data.loader.num_workers or data.loader.prefetch_factor;"
-            " exp_manager.resume_if_exists=true continues the run"
-        )
+        return f"a loader worker (pid {gone[1]}) {how}: {_WITH_FEWER}"
     if "DataLoader worker" not in lines[0]:
         return "\n".join(lines) if is_users_mistake(error) else lines[0]
     return lines[-1].partition(": ")[2] or lines[-1]

@@ -1,5 +1,9 @@
 """What is a user's mistake, and what is said about it."""
 
+import threading
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Listener
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -32,6 +36,20 @@ def test_a_loader_worker_that_is_gone(text: str, how: str) -> None:
     line = one_line(RuntimeError(text))
     assert line.startswith(f"a loader worker {how} lack of memory: lower data.loader.num_workers or ")
     assert line.endswith("exp_manager.resume_if_exists=true continues the run")
+
+
+def test_a_loader_worker_that_is_gone_while_it_hands_out_a_batch() -> None:
+    """Of other lost connections nothing is known."""
+    listener = Listener(address=None)
+    thread = threading.Thread(target=lambda: listener.accept().close(), daemon=True)
+    thread.start()
+    with pytest.raises((ConnectionError, EOFError)) as caught:
+        resource_sharer._resource_sharer.get_connection((listener.address, 1))
+    thread.join()
+    listener.close()
+    assert is_known_fault(caught.value)
+    assert one_line(caught.value).startswith("a loader worker ended, perhaps for lack of memory: lower data.loader.num")
+    assert not is_known_fault(ConnectionResetError(104, "Connection reset by peer"))
 
 
 @pytest.mark.parametrize(
