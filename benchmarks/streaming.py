@@ -21,6 +21,7 @@ from launch import export_stream
 from launch.onnx_stream import OnnxStream
 from models.base import StreamingStep
 from models.deepvqe import DeepVQE
+from modules.stft import PRESETS
 
 RECIPES = Path(__file__).parent.parent / "config" / "experiment"
 NETWORKS = {
@@ -66,7 +67,7 @@ def measure(system: DeepVQE, *, rounds: int, frames: int) -> dict[str, tuple[flo
     with tempfile.TemporaryDirectory() as folder:
         path, int8 = Path(folder) / "model.onnx", Path(folder) / "model.int8.onnx"
         export_stream.write_step(step, path, opset=18)
-        noise = {name: 0.1 * torch.randn(1, system.sample_rate or 1) for name in step.inputs}
+        noise = {name: 0.1 * torch.randn(1, step.facts["sample_rate"]) for name in step.inputs}
         export_stream.write_int8(path, int8, step, iter([noise]))
         runs = {
             "PyTorch": in_torch(step),
@@ -96,7 +97,7 @@ def main() -> None:
     for name, (recipe, changes) in NETWORKS.items():
         system = network(recipe, changes)
         millions = sum(weight.numel() for weight in system.parameters()) / 1e6
-        frame_ms = 1e3 * system.hop_samples / (system.sample_rate or 1)
+        frame_ms = 1e3 * system.stft.hop_samples / PRESETS[system.hparams["stft"]][0]
         for runtime, (median, high) in measure(system, rounds=arguments.rounds, frames=arguments.frames).items():
             figures = f"{median:>10.3f} {high:>7.3f} {median / frame_ms:>17.3f}"
             print(f"{name:<26} {millions:>9.2f}  {runtime:<20} {figures}", flush=True)

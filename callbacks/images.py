@@ -38,11 +38,8 @@ class ImageFigures(FirstExamples):
         super().__init__(every_n_epochs=every_n_epochs, num_shown=num_examples, num_written=num_look)
 
     def select(self, module: pl.LightningModule, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        images = {tag: figure for tag, figure in figures.items() if figure.ndim == 3 and figure.shape[0] == 3}
-        maps = {tag: figure for tag, figure in figures.items() if figure.ndim == 2}
-        return {tag: _to_uint8(image) for tag, image in images.items()} | {
-            tag: _drawn(map) for tag, map in maps.items()
-        }
+        drawn = {tag: _drawn(figure) for tag, figure in figures.items()}
+        return {tag: image for tag, image in drawn.items() if image is not None}
 
     def show(
         self, writer: Any, example: int, figures: dict[str, Tensor], module: pl.LightningModule, step: int
@@ -54,14 +51,19 @@ class ImageFigures(FirstExamples):
         Image.fromarray(figure.permute(1, 2, 0).numpy()).save(f"{stem}.png")  # (3, H, W) -> (H, W, 3)
 
 
-def _drawn(map: Tensor) -> Tensor:
+def _drawn(figure: Tensor) -> Tensor | None:
+    """An image (3, H, W) or a map (H, W) as uint8 (3, H', W'); None for what is neither."""
+    if figure.ndim == 2:
+        return _in_colours(figure)
+    if figure.ndim != 3 or figure.shape[0] != 3:
+        return None
+    if figure.dtype == torch.uint8:
+        return figure
+    return (figure.detach().float().nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _in_colours(numbers: Tensor) -> Tensor:
     """(H, W) -> (3, H', W'), each number a rectangle that is large enough to be seen."""
-    colours = torch.from_numpy(coloured(map.detach().float().nan_to_num().cpu().numpy())).permute(2, 0, 1)
-    high, wide = (max(1, _LEAST // max(1, size)) for size in map.shape)
+    colours = torch.from_numpy(coloured(numbers.detach().float().nan_to_num().cpu().numpy())).permute(2, 0, 1)
+    high, wide = (max(1, _LEAST // max(1, size)) for size in numbers.shape)
     return colours.repeat_interleave(high, 1).repeat_interleave(wide, 2)
-
-
-def _to_uint8(image: Tensor) -> Tensor:
-    if image.dtype == torch.uint8:
-        return image
-    return (image.detach().float().nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -16,7 +16,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from callbacks.saving import not_vital
+from callbacks.saving import not_vital, replace_text
 
 _KEYS = ("epoch", "step")
 
@@ -110,13 +110,7 @@ class MetricsCsv(Logger):
         assert self._columns is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = _lines([dict(zip(self._columns, self._columns, strict=True))], self._columns)
-        beside = self.path.with_name(self.path.name + ".tmp")
-        try:
-            beside.write_text(header + _lines(rows, self._columns), encoding="utf-8", newline="")
-            os.replace(beside, self.path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        replace_text(self.path, header + _lines(rows, self._columns))
 
 
 def _read(path: Path, size: int | None = None) -> tuple[list[dict[str, Any]], list[str]]:

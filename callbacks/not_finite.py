@@ -17,20 +17,15 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from callbacks.failures import RunFailure, listed
+
 log = logging.getLogger("not_finite")
 
 _NAMED = 8  # examples named in the log
 
 
-class NotFinite(RuntimeError):
-    """Training has come to nothing but NaN or infinity; the message says where to look.
-
-    *told_elsewhere*: the first process says so; it is raised by all of them.
-    """
-
-    def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
-        super().__init__(message)
-        self.told_elsewhere = told_elsewhere
+class NotFinite(RunFailure):
+    """Training has come to nothing but NaN or infinity; the message says where to look."""
 
 
 class SkipNotFinite(pl.Callback):
@@ -154,6 +149,4 @@ def _statistics(system: pl.LightningModule) -> list[Tensor]:
 
 
 def _listed(names: list[str]) -> str:
-    names = list(dict.fromkeys(names))
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return (", ".join(names[:_NAMED]) + more) or "examples without names"
+    return listed(names, most=_NAMED, none="examples without names")

@@ -12,20 +12,15 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from callbacks.failures import RunFailure
+
 log = logging.getLogger("saving")
 
 _told: set[Path] = set()  # files that could not be written the last time
 
 
-class CannotSave(RuntimeError):
-    """A checkpoint could not be written, and the run is configured to stop then.
-
-    *told_elsewhere*: the first process says so; it is raised by all of them.
-    """
-
-    def __init__(self, message: str, *, told_elsewhere: bool = False) -> None:
-        super().__init__(message)
-        self.told_elsewhere = told_elsewhere
+class CannotSave(RunFailure):
+    """A checkpoint could not be written, and the run is configured to stop then."""
 
 
 def save(trainer: pl.Trainer, path: str | Path, *, weights_only: bool = False, may_stop: bool = True) -> bool:
@@ -51,15 +46,20 @@ def save(trainer: pl.Trainer, path: str | Path, *, weights_only: bool = False, m
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all; see `not_vital`."""
-    beside = path.with_name(path.name + ".tmp")
     with not_vital(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(text, encoding="utf-8", newline="")
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole, or raise OSError and leave the one that was there."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text, encoding="utf-8", newline="")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 from torch import nn
 from torch.optim import Optimizer
 
+from callbacks.failures import listed
+
 log = logging.getLogger("unused_parameters")
 
 _NAMED = 20  # parameters named in a line
@@ -40,7 +42,7 @@ class UnusedParameters(pl.Callback):
     ) -> None:
         if self._found and not self._told:
             level = logging.WARNING if trainer.is_global_zero else logging.INFO
-            log.log(level, "no gradient reaches %s", listed(self._found))
+            log.log(level, "no gradient reaches %s", _listed(self._found))
         self._told = True
 
     def layers_replaced(self, trainer: pl.Trainer, system: nn.Module, replaced: object) -> None:
@@ -54,7 +56,7 @@ class UnusedParameters(pl.Callback):
         numbers = _INDICES.search(str(exception))
         names = [trainable[int(number)] for number in numbers[1].split()] if numbers else self._found
         exception.args = (
-            f"no gradient reaches {listed(names)}: freeze them (requires_grad_(False)),"
+            f"no gradient reaches {_listed(names)}: freeze them (requires_grad_(False)),"
             " or set trainer.strategy=ddp_find_unused_parameters_true",
         )
 
@@ -65,6 +67,5 @@ def without_gradient(system: nn.Module) -> list[str]:
     return [name for name, p in parameters if p.requires_grad and p.grad is None and p.numel()]
 
 
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more parameters" if len(names) > _NAMED else ""
-    return (", ".join(names[:_NAMED]) + more) or "some parameters"
+def _listed(names: list[str]) -> str:
+    return listed(names, most=_NAMED, none="some parameters", kind="parameters")

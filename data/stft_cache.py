@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from data.audio import PathLike, atomic_path
 from data.errors import AudioError, DataError
@@ -68,9 +67,7 @@ class SpectrumCache:
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{path}: no spectra can be read from it ({error}); remove it") from error
         if kept is None:
-            hop = self.stft.hop_samples
-            pair = torch.stack([mic, far])  # (2, T)
-            kept = self.stft(pad(pair, (0, -pair.shape[-1] % hop))).numpy()  # (2, F, frames, 2)
+            kept = self.stft(self.stft.whole_hops(torch.stack([mic, far]))).numpy()  # (2, F, frames, 2)
             try:
                 with atomic_path(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, kept)

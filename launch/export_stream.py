@@ -98,11 +98,11 @@ def enhance(stream: OnnxStream, step: StreamingStep, signals: list[Tensor]) -> T
     """Whole signals, each (T,), step by step from their beginning. (T,)"""
     stream.reset()
     outputs = [torch.from_numpy(stream(*parts)) for parts in _steps(step, signals)]
-    return step.join(outputs, len(signals[0]))
+    return step.join(outputs, len(signals[0]))[0]
 
 
 def _steps(step: StreamingStep, signals: list[Tensor]) -> Iterator[list[np.ndarray]]:
-    for parts in zip(*(step.split(signal) for signal in signals), strict=True):
+    for parts in zip(*(step.split(signal[None]) for signal in signals), strict=True):
         yield [part.contiguous().numpy() for part in parts]
 
 

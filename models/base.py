@@ -27,7 +27,7 @@ class StreamingStep(NamedTuple):
     """One step of a live system: `module(first input, state, *other inputs)` gives the output and the next state.
 
     *inputs*, *state*: by name, as before the first step. *output*: its name. *facts*: what whoever runs it has to know,
-    such as sample_rate. *split*: a recording (T,) -> each step's input. *join*: all outputs, T -> (T,), without delay.
+    such as sample_rate. *split*: recordings (B, T) -> each step's input. *join*: all outputs, T -> (B, T), undelayed.
     *not_in_8_bits*: beginnings of names of layers whose rounding is heard.
     """
 

@@ -153,7 +153,7 @@ class DeepVQE(System):
         """
         num_samples = mic.shape[-1]
         # Whole hops: what comes after the last one is under half a window only, and its errors would be magnified.
-        mic, far = (F.pad(signal, (0, -num_samples % self.hop_samples)) for signal in (mic, far))
+        mic, far = self.stft.whole_hops(mic), self.stft.whole_hops(far)
         mic_spectrum = self.stft(mic) if mic_spectrum is None else _as_from_stft(mic_spectrum)
         if self.network.alignment is None:
             far_spectrum = None
@@ -325,7 +325,7 @@ class DeepVQE(System):
         began = time.perf_counter()
         try:
             used = signals.unbind(1) if self.network.alignment is not None else (signals[:, 0],)
-            enhanced = enhance_stream(WaveformStream(self.network, self.stft), *used)
+            enhanced = enhance_stream(self.network, self.stft, *used)
         finally:
             torch.set_num_threads(threads)
         took_s, length_s = time.perf_counter() - began, signals.shape[-1] / self.sample_rate
@@ -335,7 +335,7 @@ class DeepVQE(System):
     def _in_chunks(self, own: Tensor, *, chunk_s: float, overlap_s: float) -> Tensor:
         """(B, 2, T) -> (B, T)"""
         hop, num_samples = self.hop_samples, own.shape[-1]
-        own = F.pad(own, (0, -num_samples % hop))
+        own = self.stft.whole_hops(own)
         chunk_samples, overlap_samples = (hop * round(s * self.sample_rate / hop) for s in (chunk_s, overlap_s))
         warm_up = overlap_samples // 2  # a chunk's beginning knows nothing of the echo of what was played before it
         warned, pieces = False, []

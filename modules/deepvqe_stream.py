@@ -121,43 +121,38 @@ class WaveformStream(nn.Module):
         return enhanced + state["enhanced_samples"], {name: after[name] for name in state}
 
 
-def enhance_stream(stream: WaveformStream, *signals: Tensor) -> Tensor:
+def frames(stft: STFT, recording: Tensor) -> tuple[Tensor, ...]:
+    """What `DeepVQEStream` is given of a recording: (B, T) -> (B, num_bins, 2) each."""
+    return stft(stft.whole_hops(recording)).unbind(2)
+
+
+def of_frames(stft: STFT, frames: Sequence[Tensor], num_samples: int) -> Tensor:
+    """All that `DeepVQEStream` gave: (B, num_bins, 2) each -> (B, num_samples)"""
+    whole = (len(frames) - 1) * stft.hop_samples
+    return stft.inverse(torch.stack(list(frames), 2), whole)[:, :num_samples]
+
+
+def hops(stft: STFT, recording: Tensor) -> tuple[Tensor, ...]:
+    """What `WaveformStream` is given of a recording: (B, T) -> (B, hop_samples) each, one more for its delay."""
+    return F.pad(stft.whole_hops(recording), (0, stft.hop_samples)).split(stft.hop_samples, 1)
+
+
+def of_hops(stft: STFT, hops: Sequence[Tensor], num_samples: int) -> Tensor:
+    """All that `WaveformStream` gave, without its delay: (B, hop_samples) each -> (B, num_samples)"""
+    return torch.cat(list(hops), 1)[:, stft.hop_samples :][:, :num_samples]
+
+
+def enhance_stream(network: DeepVQE, stft: STFT, *signals: Tensor) -> Tensor:
     """Whole recordings of the microphone and the far end, hop by hop as a live system would; without the delay.
 
     Shape: (B, T) each -> (B, T).
     """
-    num_samples, hop = signals[0].shape[-1], stream.hop_samples
-    padded = [F.pad(signal, (0, -num_samples % hop + stream.delay_samples)).split(hop, 1) for signal in signals]
-    state, pieces = stream.initial_state(len(signals[0])), []
-    for mic, *far in zip(*padded, strict=True):
+    stream, pieces = WaveformStream(network, stft), []
+    state = stream.initial_state(len(signals[0]))
+    for mic, *far in zip(*(hops(stft, signal) for signal in signals), strict=True):
         piece, state = stream(mic, state, *far)
         pieces.append(piece)
-    return torch.cat(pieces, 1)[:, stream.delay_samples :][:, :num_samples]
-
-
-def frames(stft: STFT, recording: Tensor) -> tuple[Tensor, ...]:
-    """What `DeepVQEStream` is given of a recording: (T,) -> (1, num_bins, 2) each."""
-    return stft(_whole_hops(stft, recording)).unbind(2)
-
-
-def of_frames(stft: STFT, frames: Sequence[Tensor], num_samples: int) -> Tensor:
-    """All that `DeepVQEStream` gave: (1, num_bins, 2) each -> (num_samples,)"""
-    whole = (len(frames) - 1) * stft.hop_samples
-    return stft.inverse(torch.stack(list(frames), 2), whole)[0, :num_samples]
-
-
-def hops(stft: STFT, recording: Tensor) -> tuple[Tensor, ...]:
-    """What `WaveformStream` is given of a recording: (T,) -> (1, hop_samples) each, one more for its delay."""
-    return F.pad(_whole_hops(stft, recording), (0, stft.hop_samples)).split(stft.hop_samples, 1)
-
-
-def of_hops(stft: STFT, hops: Sequence[Tensor], num_samples: int) -> Tensor:
-    """All that `WaveformStream` gave, without its delay: (1, hop_samples) each -> (num_samples,)"""
-    return torch.cat(list(hops), 1)[0, stft.hop_samples :][:num_samples]
-
-
-def _whole_hops(stft: STFT, recording: Tensor) -> Tensor:
-    return F.pad(recording, (0, -len(recording) % stft.hop_samples))[None]
+    return of_hops(stft, pieces, signals[0].shape[-1])
 
 
 class _Step:

@@ -33,7 +33,7 @@ class STFT(nn.Module):
         window: a name of `WINDOWS`, for analysis and synthesis.
 
     A signal that is not a whole number of hops is covered by half a window only behind its last frame; `inverse` gives
-    an unchanged spectrum back exactly, but amplifies there what was changed. Pad with zeros to whole hops to avoid it.
+    an unchanged spectrum back exactly, but amplifies there what was changed. `whole_hops` avoids it.
 
     Raises ValueError for arguments that do not fit and for inputs of another shape.
     """
@@ -68,6 +68,10 @@ class STFT(nn.Module):
                 wide, self.n_fft, self.hop_samples, window=self.window.to(wide.dtype), return_complex=True
             )
             return torch.view_as_real(spectrum)  # (B, F, frames, 2)
+
+    def whole_hops(self, signal: Tensor) -> Tensor:
+        """Zeros behind the signal, up to a whole number of hops. Shape: (..., T) -> (..., T')."""
+        return F.pad(signal, (0, -signal.shape[-1] % self.hop_samples))
 
     def inverse(self, spectrum: Tensor, num_samples: int) -> Tensor:
         """Shape: (B, n_fft // 2 + 1, frames, 2) -> (B, num_samples)."""

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from callbacks.not_finite import SkipNotFinite
-from callbacks.unused_parameters import UnusedParameters, listed
+from callbacks.unused_parameters import UnusedParameters, _listed
 
 
 @pytest.fixture
@@ -71,4 +71,4 @@ def test_torchs_error_gets_names(with_unused) -> None:
 
 
 def test_a_long_list_is_cut() -> None:
-    assert listed([f"layer{n}" for n in range(23)]).endswith("layer19 and 3 more parameters")
+    assert _listed([f"layer{n}" for n in range(23)]).endswith("layer19 and 3 more parameters")

@@ -140,7 +140,7 @@ def test_samples_are_those_of_the_whole_recording(name: str, window: str) -> Non
         missing = -num_samples % 16
         spectrum, _ = network(*(stft(torch.nn.functional.pad(signal, (0, missing))) for signal in signals))
         expected = stft.inverse(spectrum, num_samples + missing)[:, :num_samples]
-        actual = enhance_stream(WaveformStream(network, stft), *signals)
+        actual = enhance_stream(network, stft, *signals)
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
