@@ -1,7 +1,8 @@
 """NeMo's `.nemo` archives, in memory: nothing in an archive is ever extracted to a path that it names.
 
 An archive is a tar file (in old versions through gzip) with `./model_config.yaml`, the `model:` section of a
-configuration, and `./model_weights.ckpt`, the state dict. Other members, such as a tokenizer, are passed over.
+configuration, and `./model_weights.ckpt`, the state dict. Other members, such as a tokenizer, are passed over; one with
+a path that leads out of a folder, or that is a link or a device, was put there to do harm, so the archive is refused.
 """
 
 import gzip
@@ -9,7 +10,7 @@ import io
 import os
 import tarfile
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 import torch
@@ -51,7 +52,8 @@ def read_nemo(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     """The `state_dict` and the `model_config`, as NeMo wrote it, of an archive.
 
     Raises CheckpointError, in one line that names the file, for one that is missing or damaged, that unpacks to far
-    more than it holds, without one of the two members, or with anything but plain data in them; nothing is run.
+    more than it holds, with a member that leads elsewhere, without one of the two members, or with anything but plain
+    data in them; nothing is run.
     """
     path = Path(path)
     try:
@@ -83,21 +85,36 @@ def _unpacked(file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def _members(archive: tarfile.TarFile, path: Path) -> dict[str, IO[bytes]]:
-    """The two members that count, open; under any other name, such as one that leads elsewhere, nothing is read."""
+    """The two members that count, open."""
     members: dict[str, IO[bytes]] = {}
-    for member in archive:
+    for member in archive.getmembers():
+        if reason := _leads_elsewhere(member):
+            raise CheckpointError(f"{path}: refused, its member {_one_line(member.name)} {reason}")
         name = member.name.removeprefix("./")
         if name not in (CONFIG, WEIGHTS):
             continue
         if name in members:
             raise CheckpointError(f"{path}: holds {name} twice")
-        opened = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+        opened = archive.extractfile(member) if member.isreg() else None
         if opened is None:
             raise CheckpointError(f"{path}: {name} in it is not an ordinary file")
         members[name] = opened
     if missing := [name for name in (CONFIG, WEIGHTS) if name not in members]:
         raise CheckpointError(f"{path}: not a .nemo archive (no {' and no '.join(missing)} in it)")
     return members
+
+
+def _leads_elsewhere(member: tarfile.TarInfo) -> str | None:
+    """Why a member is none that NeMo writes, which are files and folders inside of the archive; None: it may be."""
+    if member.issym() or member.islnk():
+        return f"is a link to {_one_line(member.linkname)}"
+    if not (member.isreg() or member.isdir()) or member.issparse():
+        return "is neither a file nor a folder"
+    # As Windows would read it too: there a name may begin with a drive, and \\ separates as well.
+    parts = PureWindowsPath(member.name)
+    if parts.drive or parts.root:
+        return "has an absolute path"
+    return "climbs out of the archive" if ".." in parts.parts else None
 
 
 def _config(member: IO[bytes], path: Path) -> dict[str, Any]:
@@ -113,7 +130,7 @@ def _config(member: IO[bytes], path: Path) -> dict[str, Any]:
     return config
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -254,8 +254,8 @@ KINDS: dict[str, Kind] = {
     "checkpoint of another system": of_another_system,
     "checkpoint that is not there": elsewhere,
     ".nemo archive that climbs out": archives(
-        ("a path with ..", lambda tar: (add(tar, "../canary", b"x"), add(tar, *WEIGHTS))),
-        ("an absolute path", lambda tar: (add(tar, "/tmp/canary", b"x"), add(tar, *CONFIG))),
+        ("a path with ..", lambda tar: (add(tar, *CONFIG), add(tar, *WEIGHTS), add(tar, "../canary", b"x"))),
+        ("an absolute path", lambda tar: (add(tar, "/tmp/canary", b"x"), add(tar, *CONFIG), add(tar, *WEIGHTS))),
         (
             "a link as weights",
             lambda tar: (add(tar, *CONFIG), add(tar, WEIGHTS[0], type=tarfile.SYMTYPE, linkname="/etc/passwd")),
