@@ -23,7 +23,7 @@ from callbacks.plan import Plan
 from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
 from data.checks import whole_number
-from launch import checkpoint, environment, exp_manager, foreign, micro_batch, ranks, stop_signals
+from launch import checkpoint, environment, exp_manager, foreign, micro_batch, ranks, stop_signals, warm_start
 from launch.command_line import near_misses
 from launch.errors import ConfigError
 from launch.hardware import join, keep_freed_memory, quieten, resolve_hardware, restart_problems, share_cores
@@ -69,6 +69,7 @@ class Run:
             raise ConfigError("\n".join(lines))
         self.config = plain(cfg, typed)
         self.resume = self._find_resume()
+        self._sources = warm_start.sources(self.config)
         self._restored: Restored | None = None
         if self.config["model"].get("restore_from"):
             self._restore(cfg, typed)
@@ -111,7 +112,7 @@ class Run:
             self.trainer_section, {name: blueprint.cls for name, blueprint in self._callbacks.items()}
         )
         problems += disagreements(model, config["data"])
-        problems += exp_manager.problems(config, self._system.cls) + foreign.other_starts(config)
+        problems += exp_manager.problems(config, self._system.cls)
         if problems:
             raise ConfigError("\n".join(problems))
         added = [override.lstrip("+").partition("=")[0] for override in self.overrides if override[0] == "+"]
@@ -139,8 +140,6 @@ class Run:
     def _restore(self, cfg: DictConfig, typed: set[str]) -> None:
         """Take the architecture that `model.restore_from` names; of a resumed run that is its checkpoint's."""
         source = f"model.restore_from={self.config['model']['restore_from']}"
-        if self.config["init_from"]:
-            raise ConfigError(f"{source} and init_from={self.config['init_from']}: give one of them")
         if self.resume is None:
             self._restored = Restored(self.config["model"]["restore_from"])
             take_architecture(cfg, self._restored.model, source, typed)
@@ -159,7 +158,7 @@ class Run:
         return data
 
     def system(self) -> System:
-        """The system, with weights from `model.restore_from` or `init_from` if that is given."""
+        """The system, with weights from elsewhere where `model.restore_from`, `init_from` or the like is given."""
         system = self._system.build()
         if self.resume is not None:
             checkpoint.restructure(system, self._saved_structure, self.resume)
@@ -168,8 +167,11 @@ class Run:
         restored, self._restored = self._restored, None  # its weights are not kept for the whole run
         if restored is not None:
             restored.load_into(system)
-        if path := self.config["init_from"]:
-            checkpoint.start_from_weights(system, path, self.config["init_include"], self.config["init_exclude"])
+        for source in self._sources:
+            if self.resume is None:
+                warm_start.start_from_weights(system, source, strict=self.config["init_strict"])
+            else:
+                log.info("%s is not read again: the run is resumed", source)
         return system
 
     def trainer(self, system: System) -> pl.Trainer:

@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 from launch.run_dir import LAST, newest_run
 from launch.targets import DATASETS
 from models.base import System
-from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain, tensors
+from models.checkpoint import CheckpointError, find_class, read_checkpoint, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -215,49 +215,6 @@ def newest_readable(folder: Path) -> Path | None:
     return None
 
 
-def start_from_weights(system: System, path: str, include: list[str] | None, exclude: list[str]) -> None:
-    """Weights only, by name and shape, with a report of what did not match and of what they were trained for.
-
-    The file is a checkpoint of ours, or weights of another implementation that the system can import.
-    """
-    content = read_plain(locate(path))
-    own = "format_version" in content
-    try:
-        state = checked(content, path)["state_dict"] if own else tensors(system.import_weights(content), path)
-    except CheckpointError:  # names the file itself
-        raise
-    except ValueError as error:
-        raise ConfigError(f"init_from={path}: {error}") from error
-    report = system.load_weights(state, include=include, exclude=exclude)
-    if not report["loaded"]:
-        raise ConfigError(f"init_from={path}: none of its {len(state)} weights fits this system")
-    log.info("init_from=%s: %d weights taken", path, len(report["loaded"]))
-    for kind in ("missing", "unexpected", "mismatched"):
-        if names := report[kind]:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            log.info("  %s: %s%s", kind, ", ".join(names[:10]), more)
-    for line in _other_meaning(content, system) if own else ():
-        log.warning("init_from: %s", line)
-
-
-def _other_meaning(content: dict[str, Any], system: System) -> list[str]:
-    """A line for each argument that the weights of a checkpoint were trained with and that is another one here."""
-    described = content.get("system")
-    own_name = f"{type(system).__module__}.{type(system).__qualname__}"
-    if not isinstance(described, dict) or described.get("name") != own_name:
-        return []
-    old, new = _flat(described.get("arguments") or {}), _flat(dict(system.hparams))
-    return [
-        f"trained with model.{key}={old[key]}; here it is {new[key]}"
-        for key in sorted(old.keys() & new.keys())
-        if _plain(old[key]) != _plain(new[key]) and not key.startswith((*_OF_TRAINING, *system.of_training))
-    ]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Bring a resumed run's configuration in line with what its checkpoint decides, and say what has changed.
 
@@ -267,7 +224,7 @@ def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError for a name that cannot be forced.
     """
-    old, new = _flat(saved), _flat(config)
+    old, new = flat(saved), flat(config)
     forced = {}
     for name in config["resume_override"]:
         key = "model." + name.removeprefix("model.")
@@ -309,14 +266,19 @@ def shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
 
 def refuse_other_network(path: Path, saved: dict[str, Any], config: dict[str, Any], system: System) -> NoReturn:
     """Raises ConfigError that names the model keys by which a checkpoint's configuration *saved* differs."""
-    old, new = _flat(saved.get("model", {})), _flat(config["model"])
-    beside = (*_OF_TRAINING, *system.of_training)
-    keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key] and not key.startswith(beside))
+    old, new = flat(saved.get("model", {})), flat(config["model"])
+    keys = sorted(k for k in old.keys() & new.keys() if old[k] != new[k] and not is_of_training(k, system))
     named = ", ".join(f"model.{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
     raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def is_of_training(key: str, system: System) -> bool:
+    """Whether a key of the model section has no say in what the weights are, nor in what they mean."""
+    return key.startswith((*_OF_TRAINING, *system.of_training))
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts under their dotted keys."""
     if not isinstance(node, dict):
         return {prefix.rstrip("."): node}
-    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+    return {key: value for name, child in node.items() for key, value in flat(child, f"{prefix}{name}.").items()}

@@ -14,8 +14,6 @@ from launch.errors import ConfigError
 
 CHOICES = ("model=nest", "exp_manager=nemo")
 """The overrides under which one is composed."""
-# Keys at the top of a configuration by which NeMo starts from other weights.
-_INIT_KEYS = ("init_from_nemo_model", "init_from_pretrained_model", "init_from_ptl_ckpt", "init_strict")
 # Of the Trainer, what launch supplies, and the values that say no more than that.
 _SUPPLIED = {"logger": (True, False), "enable_checkpointing": (True, False), "use_distributed_sampler": (False,)}
 
@@ -54,12 +52,3 @@ def supplied(trainer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key in trainer and trainer[key] not in values
     ]
     return {key: value for key, value in trainer.items() if key not in _SUPPLIED}, problems
-
-
-def other_starts(config: dict[str, Any]) -> list[str]:
-    """A line for each of NeMo's ways to start from other weights."""
-    return [
-        f"{key}: not supported; model.restore_from=<file> takes architecture and weights, init_from=<file> weights"
-        for key in _INIT_KEYS
-        if config.get(key) is not None
-    ]

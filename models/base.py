@@ -23,6 +23,12 @@ from modules import low_rank
 from modules.compilation import MODES, compile_in_training
 
 
+def is_chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    """Whether one of the regular expressions *include* is found in a name, and none of *exclude*; null: all, none."""
+    included = not include or any(re.search(pattern, name) for pattern in include)
+    return included and not any(re.search(pattern, name) for pattern in exclude or ())
+
+
 class StreamingStep(NamedTuple):
     """One step of a live system: `module(first input, state, *other inputs)` gives the output and the next state.
 
@@ -305,7 +311,7 @@ class System(pl.LightningModule, ABC):
         return state
 
     def load_weights(
-        self, state: dict[str, Tensor], *, include: list[str] | None = None, exclude: list[str] | None = None
+        self, state: dict[str, Tensor], *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
     ) -> dict[str, list[str]]:
         """Copy what matches in name and shape from `state`; say what did not.
 
@@ -316,12 +322,7 @@ class System(pl.LightningModule, ABC):
         """
         own = self.state_dict()
         state = low_rank.dense_state(state, own)
-        chosen = {
-            name: tensor
-            for name, tensor in state.items()
-            if (not include or any(re.search(pattern, name) for pattern in include))
-            and not any(re.search(pattern, name) for pattern in exclude or ())
-        }
+        chosen = {name: tensor for name, tensor in state.items() if is_chosen(name, include, exclude)}
         loaded = {name: tensor for name, tensor in chosen.items() if name in own and own[name].shape == tensor.shape}
         self.load_state_dict(loaded, strict=False)
         return {

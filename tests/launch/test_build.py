@@ -56,7 +56,7 @@ def test_a_restored_file_is_not_kept() -> None:
             type(self).loaded_into = system
 
     run = Run.__new__(Run)
-    run.resume, run.config = None, {"init_from": None}
+    run.resume, run._sources = None, []
     run._system = SimpleNamespace(build=lambda: "system")  # type: ignore[assignment]
     run._restored = archive = Archive()  # type: ignore[assignment]
     kept = weakref.ref(archive)

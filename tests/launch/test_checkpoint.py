@@ -16,10 +16,10 @@ from launch.checkpoint import (
     newest_readable,
     refuse_other_network,
     remove_leftovers,
-    start_from_weights,
     to_continue,
 )
 from launch.errors import ConfigError
+from launch.warm_start import Source, start_from_weights
 from models import load
 from models.checkpoint import CheckpointError, read_checkpoint, read_plain
 from models.conv_tasnet import ConvTasNet
@@ -247,7 +247,7 @@ def test_weights_of_torchaudio_start_a_training(in_tmp: Path) -> None:
     torch.save(peer.state_dict(), "peer.pth")
     channels = {"bottleneck_channels": 6, "skip_channels": 6, "hidden_channels": 10}
     system = ConvTasNet(num_sources=3, num_filters=8, num_blocks=2, num_repeats=1, **channels).eval()
-    start_from_weights(system, "peer.pth", None, [])
+    start_from_weights(system, Source("init_from", "peer.pth"))
     mixture = torch.randn(1, 321)
     torch.testing.assert_close(system(mixture), peer(mixture[:, None]))
 
@@ -255,7 +255,7 @@ def test_weights_of_torchaudio_start_a_training(in_tmp: Path) -> None:
 def test_weights_of_nobody_are_one_line(in_tmp: Path) -> None:
     torch.save({"layer.weight": torch.zeros(1)}, "other.pth")
     with pytest.raises(ConfigError, match=r"init_from=other.pth: no weights of a Conv-TasNet .*layer.weight"):
-        start_from_weights(ConvTasNet(), "other.pth", None, [])
+        start_from_weights(ConvTasNet(), Source("init_from", "other.pth"))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_weights_of_nobody_are_one_line(in_tmp: Path) -> None:
 )
 def test_content_of_another_form_is_one_line(content: dict[str, Any], reason: str, in_tmp: Path) -> None:
     torch.save({"format_version": 1} | content, "bad.ckpt")
-    for use in (read_checkpoint, lambda path: start_from_weights(ConvTasNet(), path, None, [])):
+    for use in (read_checkpoint, lambda path: start_from_weights(ConvTasNet(), Source("init_from", path))):
         with pytest.raises(CheckpointError) as raised:
             use("bad.ckpt")
         assert str(raised.value).startswith(f"bad.ckpt: {reason}") and "\n" not in str(raised.value)
@@ -282,7 +282,7 @@ def test_imported_weights_are_tensors(in_tmp: Path) -> None:
     """Of another implementation, whose file need not be a checkpoint of ours."""
     torch.save({"state_dict": {"network.encoder.weight": "x", "network.masker.bias": 5}}, "bad.pth")
     with pytest.raises(CheckpointError, match=r"^bad.pth: '.*' in its state_dict is a .*, not a tensor$"):
-        start_from_weights(NEST(**SMALL_NEST), "bad.pth", None, [])
+        start_from_weights(NEST(**SMALL_NEST), Source("init_from", "bad.pth"))
 
 
 def test_a_run_directory_continues_from_its_last_checkpoint(trained: Path) -> None:
@@ -326,7 +326,7 @@ def test_weights_that_were_trained_for_something_else(tmp_path: Path, caplog: py
     torch.save(content, tmp_path / "x.ckpt")
     for mask, expected in (("relu", ["init_from: trained with model.mask=sigmoid; here it is relu"]), ("sigmoid", [])):
         caplog.clear()
-        start_from_weights(ConvTasNet(**small, mask=mask), str(tmp_path / "x.ckpt"), None, [])
+        start_from_weights(ConvTasNet(**small, mask=mask), Source("init_from", str(tmp_path / "x.ckpt")))
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == expected
 
 
@@ -336,6 +336,6 @@ def test_each_system_says_what_concerns_its_training_only(tmp_path: Path, caplog
     trained.on_save_checkpoint(content)
     torch.save(content, tmp_path / "x.ckpt")
     here = NEST(**SMALL_NEST, masking={"mask_prob": 0.1, "mask_value": 1.0}, preprocessor={"dither": 1.0})
-    start_from_weights(here, str(tmp_path / "x.ckpt"), None, [])
+    start_from_weights(here, Source("init_from", str(tmp_path / "x.ckpt")))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == ["init_from: trained with model.masking.mask_value=0.0; here it is 1.0"]

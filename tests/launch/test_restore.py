@@ -7,10 +7,10 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from launch.checkpoint import start_from_weights
 from launch.command_line import CONFIG_DIR
 from launch.errors import ConfigError
 from launch.restore import Restored, take_architecture
+from launch.warm_start import Source, start_from_weights
 from models.checkpoint import CheckpointError, read_checkpoint
 from models.nemo import write_nemo
 from models.nest import NEST
@@ -138,7 +138,9 @@ def test_a_run_that_goes_on_from_it(script, archive: Path, nest_manifests: list[
 
 def test_one_way_to_start_is_enough(script, archive: Path, nest_manifests: list[str], in_tmp: Path) -> None:
     done = script("train", [f"model.restore_from={archive}", f"init_from={archive}", *OWN, *nest_manifests[:1]])
-    assert done.code == 2 and done.err.startswith(f"error: model.restore_from={archive} and init_from="), done.text
+    assert done.code == 2 and done.err == f"error: model.restore_from={archive} and init_from: give one of them\n", (
+        done.text
+    )
     assert not Path("nemo_experiments").exists()
 
 
@@ -157,7 +159,7 @@ def test_a_run_directory(archive: Path, nest_folder: Path) -> None:
 def test_weights_only(archive: Path, nest_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     system = NEST(num_classes=16, encoder=Restored(str(nest_folder)).model["encoder"])
-    start_from_weights(system, str(archive), None, ["decoder"])
+    start_from_weights(system, Source("init_from", str(archive), exclude=["decoder"]))
     assert "weights taken" in caplog.text and "missing: decoder.decoder_layers.0.bias" in caplog.text
 
 

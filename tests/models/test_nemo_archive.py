@@ -248,7 +248,9 @@ def test_a_sparse_member(tmp_path):
     info = tarfile.TarInfo(CONFIG)
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}
     members = [(info, b"1\n0\n1\n".ljust(512, b"\0") + b"a"), GOOD[1]]
-    assert refusal(archive(tmp_path / "x.nemo", members)) == f"refused, its member {CONFIG} is neither a file nor a folder"
+    assert (
+        refusal(archive(tmp_path / "x.nemo", members)) == f"refused, its member {CONFIG} is neither a file nor a folder"
+    )
 
 
 def test_files_of_another_kind(tmp_path):
