@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: finish the step, save, stop.
+"""SIGTERM, SIGUSR1, Ctrl-C, and the end of the time that a run may take: finish the step, save, stop.
 
 Decisions that are not obvious
 * The loops are left with StopIteration, which is how Lightning's own loops end. `trainer.should_stop` would first run
@@ -15,7 +15,9 @@ Decisions that are not obvious
   hangs when every rank is told (scancel, docker stop), and under SLURM it would requeue the job by itself.
 """
 
+import math
 import os
+import re
 import signal
 import threading
 import time
@@ -27,10 +29,21 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
+from callbacks import clock
 from callbacks.saving import save
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 _ECHO_S = 1.0
+
+
+def duration_s(text: str) -> int:
+    """The seconds that `DD:HH:MM:SS` stands for. Raises ValueError for anything else, and for none at all."""
+    parts = re.fullmatch(r"(\d+):(\d\d?):(\d\d?):(\d\d?)", text) if isinstance(text, str) else None
+    days, hours, minutes, seconds = map(int, parts.groups()) if parts else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0 or max(minutes, seconds) > 59 or hours > 23:
+        raise ValueError(f"give days, hours, minutes and seconds as DD:HH:MM:SS, got {text!r}")
+    return total
 
 
 class GracefulStop(pl.Callback):
@@ -39,17 +52,25 @@ class GracefulStop(pl.Callback):
     If any rank was told, all ranks save and stop at the same step. A second signal raises KeyboardInterrupt at once,
     which Lightning turns into `sys.exit(1)`. The process's caller ends it with `128 + signum`.
 
-    Attributes: `signum`, the signal that was received, 0 for none; `stopped`, whether it cut training short - it does
-    not when the step was the last one anyway.
+    Attributes: `signum`, the signal that was received, 0 for none; `stopped`, whether training was cut short, by it or
+    by *max_time* - it is not when the step was the last one anyway.
 
     *every_n_steps*: optimiser steps (in validation: batches) between the ranks asking one another. More than 1 saves
     a synchronisation per step on several GPUs and makes the reaction later.
+    *max_time*: `DD:HH:MM:SS` since this process (or job of a sweep) started; a resumed run has it anew. null: no limit.
+
+    Raises ValueError for values out of range.
     """
 
-    def __init__(self, *, every_n_steps: int = 1) -> None:
+    def __init__(self, *, every_n_steps: int = 1, max_time: str | None = None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: give at least 1")
         self.every_n_steps = every_n_steps
+        self.max_time = max_time
+        try:
+            self._max_time_s = math.inf if max_time is None else duration_s(max_time)
+        except ValueError as error:
+            raise ValueError(f"max_time: {error}") from error
         self.signum = 0
         self.stopped = False
         self._saved = False
@@ -179,7 +200,8 @@ class GracefulStop(pl.Callback):
     def _anyone_told(self, trainer: pl.Trainer) -> bool:
         if self._saved:
             return False
-        return trainer.strategy.reduce_boolean_decision(bool(self.signum), all=False)
+        told = bool(self.signum) or clock.wall_seconds() >= self._max_time_s
+        return trainer.strategy.reduce_boolean_decision(told, all=False)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = True
@@ -198,7 +220,7 @@ class GracefulStop(pl.Callback):
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         saved = save(trainer, path, may_stop=False)
         if trainer.is_global_zero:
-            name = signal.Signals(self.signum).name
+            name = signal.Signals(self.signum).name if self.signum else f"max_time {self.max_time}"
             what = f"saved {path.relative_to(trainer.default_root_dir)}" if saved else "nothing could be saved"
             print(f"{name}: {what} at step {trainer.global_step}", flush=True)
 

@@ -23,13 +23,23 @@ from callbacks.plan import Plan
 from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
 from data.checks import whole_number
-from launch import checkpoint, environment, exp_manager, foreign, micro_batch, ranks, stop_signals, warm_start
+from launch import (
+    checkpoint,
+    environment,
+    exp_manager,
+    foreign,
+    micro_batch,
+    ranks,
+    resume,
+    stop_signals,
+    warm_start,
+)
 from launch.command_line import near_misses
 from launch.errors import ConfigError
 from launch.hardware import join, keep_freed_memory, quieten, resolve_hardware, restart_problems, share_cores
 from launch.report import profiler
 from launch.restore import Restored, take_architecture
-from launch.run_dir import rank, restarts
+from launch.run_dir import rank
 from launch.spawned import SpawnedProcess, together
 from launch.targets import DATASETS, Blueprint, not_sections, wrong_arguments
 from launch.trainer_section import make_trainer, refused_strategies, wrong_strategy, wrong_values
@@ -68,7 +78,7 @@ class Run:
         if lines := not_sections(cfg):
             raise ConfigError("\n".join(lines))
         self.config = plain(cfg, typed)
-        self.resume = self._find_resume()
+        self.resume = resume.find(self.config, self.directory)
         self._sources = warm_start.sources(self.config)
         self._restored: Restored | None = None
         if self.config["model"].get("restore_from"):
@@ -85,11 +95,15 @@ class Run:
             self._decision = {}
         self.again = False  # after `fit`: it is to be done once more, by another Run
         if self.resume is not None:
+            if "optimizer_states" not in content:
+                raise ConfigError(
+                    f"{self.resume}: holds weights alone, so it cannot be continued; init_from= takes them"
+                )
             self._saved_config: dict[str, Any] = content.get("config") or {}
             self._saved_shapes = checkpoint.shapes(content["state_dict"])
             self._saved_structure = content.get("structure") or []
             self._resumed_step = int(content["global_step"])
-            self._forced = checkpoint.take_over(self._saved_config, config)
+            self._forced = resume.take_over(self._saved_config, config)
         trainer_section, problems = foreign.supplied(config["trainer"])
         if wrong := wrong_values(trainer_section):
             raise ConfigError("\n".join(problems + wrong))
@@ -119,24 +133,6 @@ class Run:
         for line in near_misses(added, cfg):
             log.warning(line)
 
-    def _find_resume(self) -> Path | None:
-        """The checkpoint whose full state this run continues from; the run's first line says which."""
-        again = restarts() or micro_batch.is_another_attempt()
-        if again and (path := checkpoint.newest_readable(self.directory)):
-            log.info("started anew, resuming %s", path)
-        elif self.config["ckpt_path"]:
-            path = checkpoint.to_continue(self.config["ckpt_path"])
-            log.info("continuing from %s in %s", path, self.directory)
-        elif self.config["exp_manager"]["resume_if_exists"]:
-            path = checkpoint.newest_readable(self.directory)
-            if path is None and not self.config["exp_manager"]["resume_ignore_no_checkpoint"]:
-                raise ConfigError(f"exp_manager.resume_ignore_no_checkpoint=false: no checkpoint in {self.directory}")
-            log.info("resuming %s" if path else "nothing to resume, a new run: %s", path or self.directory)
-        else:
-            path = None
-            log.info("run directory: %s", self.directory)
-        return path
-
     def _restore(self, cfg: DictConfig, typed: set[str]) -> None:
         """Take the architecture that `model.restore_from` names; of a resumed run that is its checkpoint's."""
         source = f"model.restore_from={self.config['model']['restore_from']}"
@@ -163,7 +159,7 @@ class Run:
         if self.resume is not None:
             checkpoint.restructure(system, self._saved_structure, self.resume)
         if self.resume is not None and checkpoint.shapes(system.state_dict()) != self._saved_shapes:
-            checkpoint.refuse_other_network(self.resume, self._saved_config, self.config, system)
+            resume.refuse_other_network(self.resume, self._saved_config, self.config, system)
         restored, self._restored = self._restored, None  # its weights are not kept for the whole run
         if restored is not None:
             restored.load_into(system)
@@ -196,6 +192,7 @@ class Run:
         record = environment.record(self.config, self.overrides)
         if rank() == 0 and not self.config["dry_run"]:
             environment.write_snapshot(self.directory, record["git"])
+            exp_manager.copy_files(self.config, self.directory)
             checkpoint.remove_leftovers(self.directory / "checkpoints")
         return make_trainer(
             section,
@@ -243,12 +240,16 @@ class Run:
         if number := _signal(trainer):
             ranks.finish()
             raise SystemExit(0 if ranks.started_by_lightning() else 128 + number)  # 0: saved, as the first process says
+        if _stopped(trainer):
+            log.info("the same command with exp_manager.resume_if_exists=true continues it")
+            return
+        exp_manager.save_archive_at_end(self.config, trainer, system, self.directory)
         if self.resume is not None and trainer.global_step == self._resumed_step and not trainer.should_stop:
             log.info("nothing left to train: already at trainer.max_steps or max_epochs (step %d)", trainer.global_step)
 
     def test(self, trainer: pl.Trainer, system: System, data: SystemData) -> dict[str, float] | None:
-        """Score the best checkpoint on data that training never saw; None where there is none."""
-        if not self.config["test"] or not data.has_data("test"):
+        """Score the best checkpoint on data that training never saw; None where there is none, or before the end."""
+        if not self.config["test"] or not data.has_data("test") or _stopped(trainer):
             return None
         best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
         with together(trainer):
@@ -274,6 +275,11 @@ def _seed(value: Any) -> int:
 def _signal(trainer: pl.Trainer) -> int:
     """The signal that stopped training, 0 for none."""
     return next((c.signum for c in trainer.callbacks if getattr(c, "signum", 0)), 0)  # type: ignore[attr-defined]
+
+
+def _stopped(trainer: pl.Trainer) -> bool:
+    """Whether training was cut short by a signal, or by the limit of its time."""
+    return any(getattr(callback, "stopped", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def plain(cfg: DictConfig, typed: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Writing checkpoints, finding the one to continue from, and saying what a resumed run does not take over.
+"""Writing checkpoints, and finding them; what continuing from one means is launch/resume.py.
 
 A checkpoint appears whole or not at all: it is written beside its target, flushed to the disk and renamed. Reading
 is models/checkpoint.py. What a disk does not take is noted here, and callbacks/saving.py decides with all ranks.
@@ -10,12 +10,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from launch.errors import ConfigError
 from launch.run_dir import LAST, newest_run
 from launch.targets import DATASETS
 from models.base import System
@@ -27,8 +26,6 @@ log = logging.getLogger(__name__)
 _BETWEEN_PROCESSES = ".temp.ckpt"
 # Of all systems, beside their own `of_training`: beginnings of keys that have no say in what the weights are.
 _OF_TRAINING = ("optim", "compile", "loss.", "scores", "restore_from", *DATASETS)
-# What _report_change does not tell: the data section's copy of the model's, and a file that a resume does not read.
-_TOLD_ELSEWHERE = ("model.restore_from", *(f"data.{name}." for name in DATASETS))
 
 
 class RunCheckpointIO(TorchCheckpointIO):
@@ -156,18 +153,6 @@ def locate(path: str | Path) -> Path:
     return found
 
 
-def to_continue(path: str | Path) -> Path:
-    """The checkpoint to continue from: a file, or what the newest run in a directory would be resumed from."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    run = newest_run(path)
-    found = None if run is None else newest_readable(run)
-    if found is None:
-        raise CheckpointError(f"{path}: a directory without a checkpoint in it that can be read")
-    return found
-
-
 def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str, Any]:
     """What of a checkpoint's configuration a script takes as the base for typed overrides.
 
@@ -215,42 +200,6 @@ def newest_readable(folder: Path) -> Path | None:
     return None
 
 
-def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Bring a resumed run's configuration in line with what its checkpoint decides, and say what has changed.
-
-    The optimiser and its schedule are part of the state that a resume restores, so `config["model"]["optim"]` becomes
-    the checkpoint's; only values that `resume_override` names stay as typed. Returns those, name -> value.
-    *saved*: the configuration in the checkpoint.
-
-    Raises ConfigError for a name that cannot be forced.
-    """
-    old, new = flat(saved), flat(config)
-    forced = {}
-    for name in config["resume_override"]:
-        key = "model." + name.removeprefix("model.")
-        if not key.startswith("model.optim.") or key.startswith("model.optim.sched.") or key not in new:
-            raise ConfigError(f"resume_override={name}: only values of the optimiser can be forced, such as optim.lr")
-        forced[key.removeprefix("model.optim.")] = new[key]
-    for key in sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
-        _report_change(key, old[key], new[key], forced, str(config["trainer"]["default_root_dir"]))
-    if optim := saved.get("model", {}).get("optim"):
-        config["model"]["optim"] = {**optim, **forced}
-    return forced
-
-
-def _report_change(key: str, old: Any, new: Any, forced: dict[str, Any], directory: str) -> None:
-    if not key.startswith(("model.", "data.", "trainer.", "callbacks.", "monitor.", "seed")):
-        return
-    if str(new).startswith(directory) or key.startswith(_TOLD_ELSEWHERE):
-        return  # the run directory itself
-    name = key.removeprefix("model.optim.")
-    if name == key or name in forced:
-        log.info("changed since the checkpoint: %s=%s (was %s)", key, new, old)
-    else:
-        hint = "" if name.startswith("sched.") else f"; resume_override=[optim.{name}] forces it"
-        log.warning("%s=%s is NOT taking effect: the checkpoint's %s goes on%s", key, new, old, hint)
-
-
 def restructure(system: System, structure: list[dict[str, Any]], path: Path) -> None:
     """Give a system the layers that the checkpoint *path* was written with. Raises CheckpointError if it cannot."""
     try:
@@ -262,14 +211,6 @@ def restructure(system: System, structure: list[dict[str, Any]], path: Path) -> 
 def shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
     """Of the weights in a state dict."""
     return {name: tensor.shape for name, tensor in state.items()}
-
-
-def refuse_other_network(path: Path, saved: dict[str, Any], config: dict[str, Any], system: System) -> NoReturn:
-    """Raises ConfigError that names the model keys by which a checkpoint's configuration *saved* differs."""
-    old, new = flat(saved.get("model", {})), flat(config["model"])
-    keys = sorted(k for k in old.keys() & new.keys() if old[k] != new[k] and not is_of_training(k, system))
-    named = ", ".join(f"model.{key}={new[key]} (checkpoint: {old[key]})" for key in keys) or "another system"
-    raise ConfigError(f"{path} holds a network of another shape: {named}; init_from= takes what fits")
 
 
 def is_of_training(key: str, system: System) -> bool:

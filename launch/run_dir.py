@@ -1,4 +1,4 @@
-"""Where a run lives: <exp_dir>/<name>/<version or start time>, one directory for all ranks.
+"""Where a run lives: <exp_dir>/<name>/<version or start time>, one directory for all ranks; or explicit_log_dir.
 
 In NeMo's layout a run that may be continued lives in <exp_dir>/<name> itself.
 
@@ -60,23 +60,32 @@ def run_dir(exp_manager: Any, layout: str = "ours") -> str:
     *layout* `nemo`: `exp_dir` null is another folder, and a run that may be continued has no stamp.
     """
     base = _base(exp_manager, layout)
+    if exp_manager.explicit_log_dir:
+        return str(base)
     if exp_manager.resume_if_exists and (found := find_run(exp_manager, layout)) is not None:
         return str(found)
     if exp_manager.resume_if_exists and layout == "nemo":
         return str(base / str(exp_manager.version or ""))
-    return str(base / str(exp_manager.version or _stamp(base)))
+    return str(base / _version(exp_manager, base))
+
+
+def _version(exp_manager: Any, base: Path) -> str:
+    """The name of a new run's folder."""
+    return str(exp_manager.version or _stamp(base, numbered=not exp_manager.use_datetime_version))
 
 
 def sweep_dir(exp_manager: Any, layout: str = "ours") -> str:
     """The directory of a sweep; each job has a numbered one inside."""
     base = _base(exp_manager, layout)
-    return str(base / f"sweep-{exp_manager.version or _stamp(base)}")
+    return str(base / f"sweep-{_version(exp_manager, base)}")
 
 
 def find_run(exp_manager: Any, layout: str = "ours") -> Path | None:
     """`version` if given, else the newest directory of this name (itself included) that holds a checkpoint."""
     base = _base(exp_manager, layout)
-    candidates = [base / str(exp_manager.version)] if exp_manager.version else [base, *sorted(base.glob("*"))]
+    inner = [] if exp_manager.explicit_log_dir else sorted(base.glob("*"))
+    only = exp_manager.version and not exp_manager.explicit_log_dir
+    candidates = [base / str(exp_manager.version)] if only else [base, *inner]
     holding = [folder for folder in candidates if any(folder.glob("checkpoints/*.ckpt"))]
     return max(holding, key=_last_saved, default=None)
 
@@ -122,18 +131,23 @@ def _last_saved(folder: Path) -> float:
 def _base(exp_manager: Any, layout: str) -> Path:
     if not isinstance(exp_manager, DictConfig):
         raise ConfigError(f"exp_manager={exp_manager}: must be a section of keys with values")
-    name = str(exp_manager.name)
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+    if exp_manager.explicit_log_dir:
+        return _free_of_files(Path(str(exp_manager.explicit_log_dir)), "explicit_log_dir", exp_manager)
+    name = str(exp_manager.name or "default")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"exp_manager.name={name}: give a plain folder name; exp_manager.exp_dir says where")
-    base = Path(exp_manager.exp_dir or _EXP_DIR[layout]) / name
-    if file := next((part for part in (base, *base.parents) if part.is_file()), None):
-        raise ConfigError(f"exp_manager.exp_dir={exp_manager.exp_dir}: {file} is a file, not a folder")
-    return base
+    return _free_of_files(Path(exp_manager.exp_dir or _EXP_DIR[layout]) / name, "exp_dir", exp_manager)
 
 
-def _stamp(base: Path) -> str:
+def _free_of_files(folder: Path, key: str, exp_manager: Any) -> Path:
+    if file := next((part for part in (folder, *folder.parents) if part.is_file()), None):
+        raise ConfigError(f"exp_manager.{key}={exp_manager[key]}: {file} is a file, not a folder")
+    return folder
+
+
+def _stamp(base: Path, *, numbered: bool) -> str:
     if "RUN_STAMP" not in os.environ:
-        os.environ["RUN_STAMP"] = _launcher_stamp() or _clock_stamp(base)
+        os.environ["RUN_STAMP"] = _launcher_stamp() or (_next_number(base) if numbered else _clock_stamp(base))
     return os.environ["RUN_STAMP"]
 
 
@@ -156,3 +170,8 @@ def _clock_stamp(base: Path) -> str:
         taken += 1
         name = f"{stamp}-{taken}"
     return name
+
+
+def _next_number(base: Path) -> str:
+    taken = [item.name.rpartition("_")[2] for item in base.glob("version_*")]
+    return f"version_{max((int(number) for number in taken if number.isdigit()), default=-1) + 1}"

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing import ProcessRaisedException
 
+from callbacks.graceful import GracefulStop
 from launch.errors import is_known_fault, is_users_mistake
 from launch.hardware import keep_freed_memory, quieten, share_cores
 from launch.ranks import SIGNALS
@@ -30,7 +31,7 @@ from launch.run_dir import log_name, rank
 
 log = logging.getLogger(__name__)
 
-_STEP = "step_reached"
+_STEP, _STOPPED = "step_reached", "stopped_early"
 _RAISED = re.compile(r"^(?:\w+\.)*(\w+): (.*)\Z", re.MULTILINE | re.DOTALL)  # the end of a traceback
 
 
@@ -64,7 +65,9 @@ class SpawnedProcess(pl.Callback):
         log.info("rank %d of %d, with the Trainer of the process that waits", trainer.global_rank, trainer.world_size)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.callback_metrics[_STEP] = torch.tensor(trainer.global_step)  # goes back to the process that waits
+        stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)  # type: ignore[attr-defined]
+        # Goes back to the process that waits.
+        trainer.callback_metrics.update({_STEP: torch.tensor(trainer.global_step), _STOPPED: torch.tensor(stopped)})
 
 
 @contextlib.contextmanager
@@ -99,6 +102,9 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
         raise SystemExit(128 + told[0])
     if (step := trainer.callback_metrics.pop(_STEP, None)) is not None:
         trainer.fit_loop.epoch_loop._batches_that_stepped = int(step)  # where loggers go on with the test
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GracefulStop):
+                callback.stopped = bool(trainer.callback_metrics.pop(_STOPPED))
 
 
 def _original(error: ProcessRaisedException) -> Exception:

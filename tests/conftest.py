@@ -30,7 +30,9 @@ from tests.golden_suite.suite import summary as golden_summary
 RATE = 8000
 # Columns of metrics.csv that no two runs share, be they ever so alike.
 OF_THE_MACHINE = {"examples_per_s", "data_wait_share", "step_s", "cpu_load", "host_mem_mb", "cpu_s",
-                  "low_rank_step_s_before", "low_rank_step_s_after"}  # fmt: skip
+                  "low_rank_step_s_before", "low_rank_step_s_after",
+                  *(f"{name}_timing in s" for name in ("train_step", "train_backward", "validation_step", "test_step"))
+                 }  # fmt: skip
 # A network of a few hundred weights: what is tested is the framework around it.
 TINY = [
     "model.num_filters=16",

@@ -11,14 +11,9 @@ import pytest
 import torch
 import torchaudio
 
-from launch.checkpoint import (
-    RunCheckpointIO,
-    newest_readable,
-    refuse_other_network,
-    remove_leftovers,
-    to_continue,
-)
+from launch.checkpoint import RunCheckpointIO, newest_readable, remove_leftovers
 from launch.errors import ConfigError
+from launch.resume import refuse_other_network, to_continue
 from launch.warm_start import Source, start_from_weights
 from models import load
 from models.checkpoint import CheckpointError, read_checkpoint, read_plain

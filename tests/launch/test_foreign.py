@@ -42,7 +42,8 @@ def test_it_trains_unchanged(nest_run: Finished, nest_folder: Path) -> None:
     assert "DDPStrategy" in (nest_folder / "plan.json").read_text()
     names = sorted(file.name for file in (nest_folder / "checkpoints").iterdir())
     best = names[0].removesuffix(".ckpt")
-    assert names == [f"{best}.ckpt", f"{best}.nemo", "last.ckpt"], "the archive of the replaced one is gone with it"
+    expected = [f"{best}.ckpt", f"{best}.nemo", "SSL-NEST-FastConformer.nemo", "last.ckpt"]
+    assert names == expected, "the archive of the replaced one is gone with it"
     assert best.startswith("SSL-NEST-FastConformer--val_loss=") and best.endswith("-step=6")
     assert f"best checkpoint  nemo_experiments/SSL-NEST-FastConformer/checkpoints/{best}.ckpt" in nest_run.out
     assert any(nest_folder.glob("events.out.tfevents*"))
@@ -51,26 +52,25 @@ def test_it_trains_unchanged(nest_run: Finished, nest_folder: Path) -> None:
 
 def test_keys_that_we_do_not_have_are_named(manifests: list[str], in_tmp: Path) -> None:
     text = NEMO.replace("  logger: false", "  logger: {x: 1}\n  plugin: 3")
-    text = text.replace("create_tensorboard_logger: true", "ema: {enable: true}")
-    text = text.replace("save_top_k: 1", "save_last: true")
+    text = text.replace("create_tensorboard_logger: true", "create_mlflow_logger: true")
+    text = text.replace("save_top_k: 1", "save_first: true")
     text = text.replace("num_books: 1\n", "num_books: 1\n  tokenizer: {dir: x}\n")
     text = text.replace("modules.ConformerEncoder", "modules.SqueezeformerEncoder")
-    flags = foreign_flags(in_tmp, text + "init_from_nemo_model: x.nemo\n")
+    flags = foreign_flags(in_tmp, text)
     done = run_script("train", [*flags, "model.train_ds.manifest_filepath=x.json", "trainer.accelerator=cpu"])
     assert done.code == 2, done.text
     lines = [line.removeprefix("error: ") for line in done.err.splitlines()[1:]]
     for expected in (
         "trainer.logger={'x': 1}: exp_manager supplies it",
         "trainer.plugin: Trainer has no such argument",
-        "exp_manager.ema: no such key here, there are",
-        "exp_manager.checkpoint_callback_params.save_last: no such key here, there are always_save_nemo, filename",
+        "exp_manager.create_mlflow_logger=True: not supported",
+        "exp_manager.checkpoint_callback_params.save_first: no such key here, there are always_save_nemo, auto_insert",
         "model.tokenizer: NEST has no such argument",
         "model.encoder._target_=nemo.collections.asr.modules.SqueezeformerEncoder: only nemo.collections.asr.modules."
         "ConformerEncoder can stand here",
-        "init_from_nemo_model: not supported; model.restore_from=",
     ):
         assert sum(line.startswith(expected) for line in lines) == 1, f"{expected}\n{done.err}"
-    assert len(lines) == 7
+    assert len(lines) == 6
     assert not Path("nemo_experiments").exists()
 
 

@@ -11,7 +11,8 @@ from launch.run_dir import discard_if_unused, find_run, log_name, run_dir, sweep
 
 
 def manager(**values):
-    return OmegaConf.create({"exp_dir": None, "name": "x", "version": None, "resume_if_exists": False} | values)
+    section = {"exp_dir": None, "name": "x", "version": None, "resume_if_exists": False}
+    return OmegaConf.create({**section, "use_datetime_version": True, "explicit_log_dir": None, **values})
 
 
 def holding(folder: Path) -> Path:
@@ -52,6 +53,38 @@ def test_version_and_sweep(in_tmp: Path) -> None:
     assert sweep_dir(manager(version="a")) == "runs/x/sweep-a"
     with pytest.raises(ConfigError, match="plain folder name"):
         run_dir(manager(name="../x"))
+
+
+def test_a_name_is_needed_least(in_tmp: Path) -> None:
+    assert run_dir(manager(name=None, version="a")) == "runs/default/a", "as in NeMo"
+
+
+def test_numbered_versions(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whoever reads dates badly; ranks of a launcher keep the name that they have in common."""
+    for expected in ("version_0", "version_1"):
+        assert run_dir(manager(use_datetime_version=False)) == f"runs/x/{expected}"
+        Path(f"runs/x/{expected}").mkdir(parents=True)
+        assert run_dir(manager(use_datetime_version=False)) == f"runs/x/{expected}", "handed to children"
+        monkeypatch.delenv("RUN_STAMP")
+    Path("runs/x/version_9").mkdir()
+    Path("runs/x/version_old").mkdir()
+    assert run_dir(manager(use_datetime_version=False)) == "runs/x/version_10"
+    monkeypatch.delenv("RUN_STAMP")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run_dir(manager(use_datetime_version=False)) == "runs/x/77"
+
+
+def test_an_explicit_directory(in_tmp: Path) -> None:
+    """Whatever the other keys say; it is looked at alone for something to resume."""
+    own = manager(explicit_log_dir="here", version="a", exp_dir="elsewhere", resume_if_exists=True)
+    holding(Path("here/b"))
+    assert run_dir(own) == run_dir(own, "nemo") == "here"
+    assert find_run(own) is None
+    holding(Path("here"))
+    assert find_run(own) == Path("here")
+    Path("file").touch()
+    with pytest.raises(ConfigError, match="exp_manager.explicit_log_dir=file/x: file is a file, not a folder"):
+        run_dir(manager(explicit_log_dir="file/x"))
 
 
 def test_the_run_to_resume(in_tmp: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.checkpoint import locate, run_configuration, to_continue
+from launch.checkpoint import locate, run_configuration
 from launch.restore import Restored
+from launch.resume import to_continue
 from models.checkpoint import load, read_checkpoint
 from tests.malformed.cases import Case, Kind, World, refused
 
