@@ -11,7 +11,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
-from callbacks.graceful import GracefulStop
+from callbacks import clock
+from callbacks.graceful import GracefulStop, duration_s
 from callbacks.last import LastCheckpoint
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.resume import ExactResume
@@ -312,3 +313,25 @@ def test_separator_stopped_within_a_window(tmp_path: Path, tiny: Any, corpus: Pa
     for mine, theirs in zip(resumed.lightning_module.parameters(), whole.lightning_module.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert str(resumed.optimizers[0].state_dict()) == str(whole.optimizers[0].state_dict())
+
+
+def test_durations() -> None:
+    assert duration_s("00:00:00:01") == 1
+    assert duration_s("1:02:03:04") == ((24 + 2) * 60 + 3) * 60 + 4
+    for wrong in ("", "5", "01:00", "00:01:00", "00:00:00:00", "00:00:60:00", "00:24:00:00", "a:b:c:d", 5, None):
+        with pytest.raises(ValueError, match="DD:HH:MM:SS"):
+            duration_s(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^max_time: give days"):
+        GracefulStop(max_time="soon")
+
+
+def test_the_end_of_its_time_is_no_signal(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved at the step, stopped, and the run that goes on has its whole time again."""
+    for expected in (2, 4, 6):
+        stop = GracefulStop(max_time="00:00:01:00")
+        callbacks = [stop, RngState(), ExactResume(), LastCheckpoint()]
+        trainer = tiny.make_trainer(tmp_path, callbacks, max_steps=6, max_epochs=-1)
+        monkeypatch.setattr(clock, "wall_seconds", lambda t=trainer, e=expected: 60.0 * (t.global_step >= e))
+        trainer.fit(tiny.Tiny(), datamodule=tiny.Data(), ckpt_path=last(tmp_path) if last(tmp_path).exists() else None)
+        assert trainer.global_step == step_of(tmp_path) == expected
+        assert (stop.signum, stop.stopped) == (0, expected < 6)
