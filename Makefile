@@ -2,12 +2,13 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS ?= .peers
 # TORCH=skip keeps the torch, torchaudio and torchvision that PYTHON already has.
 TORCH ?= install
 DEMO ?= demo_data
 RUN := $(or $(RUN),$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help install train test test-slow test-faults test-gpu lint clean
+.PHONY: help install train test test-slow test-faults test-gpu lint peers clean
 
 help:           ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +38,10 @@ lint: $(VENV)/.test   ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-clean:          ## remove .venv (runs and data stay)
-	rm -rf $(VENV)
+peers: $(PEERS)/.done   ## .peers with asteroid, NeMo and segmentation_models_pytorch, to compare with
+
+clean:          ## remove .venv and .peers (runs and data stay)
+	rm -rf $(VENV) $(PEERS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(if $(filter skip,$(TORCH)),--system-site-packages) $(VENV)
@@ -58,4 +61,9 @@ $(VENV)/.demo: requirements-demo.txt | $(VENV)/.run
 
 $(VENV)/.test: requirements-test.txt | $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+$(PEERS)/.done: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
