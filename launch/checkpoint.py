@@ -7,6 +7,7 @@ is models/checkpoint.py. What a disk does not take is noted here, and callbacks/
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,8 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
 
     The file is a checkpoint of ours, or weights of another implementation that the system can import.
     """
+    for name, patterns in (("init_include", include), ("init_exclude", exclude)):
+        _check_patterns(name, patterns)
     content = read_plain(locate(path))
     own = "format_version" in content
     try:
@@ -238,6 +241,17 @@ def start_from_weights(system: System, path: str, include: list[str] | None, exc
             log.info("  %s: %s%s", kind, ", ".join(names[:10]), more)
     for line in _other_meaning(content, system) if own else ():
         log.warning("init_from: %s", line)
+
+
+def _check_patterns(name: str, patterns: Any) -> None:
+    """Raises ConfigError for what is no list of regular expressions."""
+    if patterns is not None and not (isinstance(patterns, list) and all(isinstance(text, str) for text in patterns)):
+        raise ConfigError(f"{name}={patterns}: give a list of regular expressions, such as {name}=[encoder]")
+    for text in patterns or ():
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ConfigError(f"{name}={patterns}: {text} is no regular expression ({error})") from error
 
 
 def _other_meaning(content: dict[str, Any], system: System) -> list[str]:

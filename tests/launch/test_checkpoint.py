@@ -339,3 +339,16 @@ def test_each_system_says_what_concerns_its_training_only(tmp_path: Path, caplog
     start_from_weights(here, str(tmp_path / "x.ckpt"), None, [])
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == ["init_from: trained with model.masking.mask_value=0.0; here it is 1.0"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "line"),
+    [
+        ("[^encoder]", [], r"init_include=\[\^encoder\]: give a list of regular expressions"),
+        (["encoder", "("], [], r"init_include=.*: \( is no regular expression \(missing \)"),
+        (None, [3], r"init_exclude=\[3\]: give a list"),
+    ],
+)
+def test_patterns_that_are_none_are_one_line(include: Any, exclude: Any, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        start_from_weights(ConvTasNet(), "never_read.pth", include, exclude)
