@@ -6,7 +6,6 @@ Hydra has an error class of its own, but lets pass what its YAML reader raises, 
 import shlex
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -38,18 +37,30 @@ def words(error: BaseException) -> str:
 
 def unreadable(override: str) -> list[str]:
     """For an override that Hydra's grammar refuses, a line that says how it is typed as text; none for others."""
-    parser = OverridesParser.create()
+    if (problem := _refusal(override)) is None:
+        return []
+    key, _, value = override.partition("=")
+    items = value[1:-1].split(",") if value[:1] + value[-1:] == "[]" else None  # of a list, each is a text of its own
+    typed = f"{key}={_as_text(value) if items is None else '[' + ','.join(map(_as_text, items)) + ']'}"
+    line = f"{override}: {words(problem)}"
+    if _refusal(typed) is not None or set(value[1:-1] if items else "") & set("[]{}"):
+        return [line]
+    typed = f'"{typed}"' if not set(value) & set('"$`!\\') else shlex.quote(typed)
+    return [f"{line}; if it is a name, put it into quotes: {typed}"]
+
+
+def _as_text(value: str) -> str:
+    """A value as Hydra's grammar takes it: in quotes, if it has to be."""
+    return value if _refusal(f"x={value}") is None else "'" + value.replace("'", "\\'") + "'"
+
+
+def _refusal(override: str) -> HydraException | None:
+    """What Hydra's grammar has against an override."""
     try:
-        parser.parse_override(override)
+        OverridesParser.create().parse_override(override)
     except HydraException as problem:
-        key, _, value = override.partition("=")
-        quoted = f"{key}='" + value.replace("'", "\\'") + "'"
-        with suppress(HydraException):
-            if parser.parse_override(quoted).value() == value:
-                typed = f'"{quoted}"' if not set(value) & set('"$`!\\') else shlex.quote(quoted)
-                return [f"{override}: {words(problem)}; if it is a name, put it into quotes: {typed}"]
-        return [f"{override}: {words(problem)}"]
-    return []
+        return problem
+    return None
 
 
 def damaged_file(error: Exception, folders: Sequence[Path]) -> str:

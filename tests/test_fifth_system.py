@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +10,16 @@ import numpy as np
 import pytest
 import soundfile
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "adding_a_system.md").read_text()
-BLOCKS = dict(re.findall(r"```\w+ title=(\S+)\n(.*?)```", PAGE, re.DOTALL))
+from tests.pages import ROOT, blocks, commands, write_files
+
+PAGE = blocks("adding_a_system.md")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's files in a folder of their own, with a noisy tone to predict."""
     folder = tmp_path_factory.mktemp("fifth")
-    for name, text in BLOCKS.items():
-        if name != "commands":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
+    write_files(PAGE, folder)
     rng = np.random.default_rng(0)
     clean = 0.3 * np.sin(2 * np.pi * 200 * np.arange(8000) / 8000)
     soundfile.write(folder / "noisy.wav", clean + 0.1 * rng.standard_normal(8000), 8000)
@@ -35,21 +30,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_story_holds(folder: Path, script, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first command as a process of its own, as the page says; the others in this one, to save time."""
     monkeypatch.chdir(folder)
-    first, *others = BLOCKS["commands"].splitlines()
-    _, name, *arguments = shlex.split(first)
+    (name, arguments), *others = commands(PAGE["commands"])
     done = subprocess.run(
-        [sys.executable, str(ROOT / name), *arguments],
+        [sys.executable, str(ROOT / f"{name}.py"), *arguments],
         env=os.environ | {"PYTHONPATH": "."},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"{first}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, done.stdout + done.stderr
     outputs = [done.stdout]
     monkeypatch.syspath_prepend(folder)
-    for line in others:
-        _, name, *arguments = shlex.split(line)
-        finished = script(name.removesuffix(".py"), arguments)
-        assert finished.code == 0, f"{line}\n{finished.text}"
+    for name, arguments in others:
+        finished = script(name, arguments)
+        assert finished.code == 0, f"{name} {arguments}\n{finished.text}"
         outputs.append(finished.out)
 
     trained, resumed, evaluated, _ = outputs
