@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
-from modules.cpu_layers import DepthwiseConv1d, PReLU
+from modules.cpu_layers import DepthwiseConv1d, PReLU, two_pointwise
 from modules.norms import NORMS, make_norm
 
 
@@ -244,12 +244,16 @@ class ConvBlock(nn.Module):
         return self.add_branches(hidden, x, skip_sum)
 
     def add_branches(self, hidden: Tensor, x: Tensor, skip_sum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.skip is not None:
+        residual, skip = None, None
+        if self.residual is not None and self.skip is not None:
+            residual, skip = two_pointwise(hidden, self.residual, self.skip)
+        elif self.residual is not None:
+            residual = self.residual(hidden)
+        elif self.skip is not None:
             skip = self.skip(hidden)
+        if skip is not None:
             skip_sum = skip if skip_sum is None else skip_sum + skip
-        if self.residual is not None:
-            x = x + self.residual(hidden)
-        return x, skip_sum
+        return (x if residual is None else x + residual), skip_sum
 
 
 def _check_arguments(sizes: dict[str, int], names: dict[str, str], causal: bool) -> None:

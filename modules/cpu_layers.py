@@ -1,11 +1,13 @@
-"""Two layers whose stock CPU kernels are slow in training, with the same parameters and the same results.
+"""Layers whose stock CPU kernels are slow in training, with the same parameters and the same results.
 
 * `DepthwiseConv1d`: oneDNN has fast depthwise kernels only without dilation, so the dilated convolution is
   expressed without one (1.5 to 2.5 times as fast, forward and backward together).
 * `PReLU`: for its one slope the stock backward pass writes a second full tensor and sums that up, where one dot
   product does (3 times as fast).
+* `two_pointwise`: two convolutions over the same input are one with the filters of both, whose backward pass writes the
+  gradient of that input once instead of twice and a sum.
 
-Both save only while training on a CPU. Everywhere else (GPU, evaluation, export, compilation) the stock
+They save only while training on a CPU. Everywhere else (GPU, evaluation, export, compilation) the stock
 operation runs, so that graphs stay plain.
 """
 
@@ -94,6 +96,17 @@ class PReLU(nn.PReLU):
         if _trains_on_cpu(self, input) and input.dtype == self.weight.dtype:
             return _PReLUFunction.apply(input, self.weight)
         return super().forward(input)
+
+
+def two_pointwise(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
+    """What two convolutions of kernel size 1 make of x. Shape: (B, C, K) -> (B, channels of first, K) and of second."""
+    # A layer that was replaced, such as by one of low rank, has no such filters.
+    if not (type(first) is nn.Conv1d and type(second) is nn.Conv1d and _trains_on_cpu(first, x)):
+        return first(x), second(x)
+    if first.bias is None or second.bias is None:
+        return first(x), second(x)
+    y = F.conv1d(x, torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias]))
+    return y[:, : first.out_channels], y[:, first.out_channels :]
 
 
 def _trains_on_cpu(module: nn.Module, x: Tensor) -> bool:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.cpu_layers import DepthwiseConv1d, PReLU
+from modules.cpu_layers import DepthwiseConv1d, PReLU, two_pointwise
 
 
 def assert_same(fast: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
@@ -75,3 +75,29 @@ def test_prelu_under_autocast_has_the_stock_dtype():
     x = torch.randn(2, 5, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert PReLU()(x).dtype == nn.PReLU()(x).dtype
+
+
+class Two(nn.Module):
+    """Both convolutions, joined along the channels."""
+
+    def __init__(self, *, joined: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv1d(6, channels, 1, bias=bias) for channels in (4, 3))
+        self.joined = joined
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.layers
+        return torch.cat(two_pointwise(x, first, second) if self.joined else (first(x), second(x)), 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_convolutions_over_one_input(bias: bool) -> None:
+    torch.manual_seed(0)
+    assert_same(Two(joined=True, bias=bias), Two(joined=False, bias=bias), torch.randn(2, 6, 50))
+
+
+def test_a_replaced_convolution_is_asked_itself() -> None:
+    """Nothing is known of what stands in a convolution's place."""
+    first, other = nn.Conv1d(6, 4, 1).train(), nn.Sequential(nn.Conv1d(6, 3, 1), nn.Tanh()).train()
+    x = torch.randn(2, 6, 50)
+    torch.testing.assert_close(two_pointwise(x, first, other)[1], other(x), atol=0, rtol=0)
