@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 from launch.run_dir import LAST, newest_run
 from launch.targets import DATASETS
 from models.base import System
-from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain, tensors
+from models.checkpoint import CheckpointError, checked, find_class, read_checkpoint, read_plain, read_trained, tensors
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str,
     options of the system's `predict`, without a prefix, and a key for each input signal beside the first, which is
     `input`. *packages*: as typed; a checkpoint's own are never believed.
     """
-    content = read_checkpoint(path)
+    content = (read_checkpoint if script == "evaluate" else read_trained)(path)
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds no configuration, so it was not written by train.py")

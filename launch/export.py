@@ -23,7 +23,7 @@ from launch.errors import ConfigError
 from launch.hardware import quieten
 from launch.targets import Blueprint
 from models.base import System
-from models.checkpoint import build_system, read_checkpoint
+from models.checkpoint import build_system, read_trained
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> None:
     except ImportError as error:
         raise ConfigError(f"exporting needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     path = checkpoint.locate(config["ckpt_path"])
-    content = read_checkpoint(path)
+    content = read_trained(path)
     system = build_system(content, path, config["packages"])
     if system.not_exportable:
         raise ConfigError(f"{type(system).__name__} cannot be exported: {system.not_exportable}")

@@ -25,7 +25,7 @@ from launch.options import checked_options, described
 from launch.pairs import Signals, pair_inputs
 from launch.signal_files import read_signal, write_signal
 from models.base import System
-from models.checkpoint import build_system, read_checkpoint
+from models.checkpoint import build_system, read_trained
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> None:
     quieten()
     config = plain(cfg)
     path = checkpoint.locate(config["ckpt_path"])
-    system = build_system(read_checkpoint(path), path, config["packages"])
+    system = build_system(read_trained(path), path, config["packages"])
     system.to(torch_device(str(config["device"])))
     output = Path(config["output"])
     if output.exists() and not output.is_dir():
