@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from launch.errors import ConfigError
+from launch.options import default_options
 from launch.run_dir import LAST, newest_run
 from launch.targets import DATASETS
 from models.base import System
@@ -188,7 +189,7 @@ def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str,
         arguments = content["system"]["arguments"]
         chosen = {key: arguments[key] for key in system.chosen_in_evaluation if key in arguments}
         return {"data": config["data"], "model": chosen}
-    return {**(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
+    return {**default_options(system), **(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
 
 
 def system_class(content: dict[str, Any], path: Path, packages: list[str]) -> type[System]:

@@ -41,6 +41,13 @@ class StreamingStep(NamedTuple):
     not_in_8_bits: tuple[str, ...] = ()
 
 
+class Tensors(NamedTuple):
+    """Several arrays of one result by name, and what whoever reads them has to know, as text by name."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, str]
+
+
 class System(pl.LightningModule, ABC):
     """One trainable system.
 
@@ -48,8 +55,8 @@ class System(pl.LightningModule, ABC):
     `compiled_parts`, see modules/compilation.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
-    (`audio`, `image` or `array`; of outputs also `records`, a list of dicts). `sample_rate` is set where signals are
-    audio.
+    (`audio`, `image` or `array`, of outputs also as `Tensors`; of outputs also `records`, a list of dicts).
+    `sample_rate` is set where signals are audio.
     """
 
     FORMAT_VERSION: ClassVar[int] = 1

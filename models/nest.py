@@ -6,15 +6,16 @@ Huang et al., "NEST: Self-supervised Fast Conformer as All-purpose Seasoning to 
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from losses.masked_prediction import masked_nll, selected_frames
 from metrics.masked_prediction import MaskedPredictionMetrics, right_tokens, with_books
-from models.base import System
+from models.base import System, Tensors
 from models.nemo import write_nemo
 from models.nest_sections import after_subsampling, build_part, complete_sections
 from models.optim import parameter_groups
@@ -24,6 +25,7 @@ from modules.conformer import ConformerEncoder
 from modules.masked_subsampling import MaskedSubsampling
 from modules.mel import MelPreprocessor
 from modules.quantizer import RandomProjectionVectorQuantizer
+from modules.resampling import resample
 from modules.softmax_decoder import MultiSoftmaxDecoder
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class NEST(System):
     """
 
     inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
+    outputs: ClassVar[dict[str, str]] = {"features": "array"}
     not_exportable = "the encoder is not exported yet"
     compiled_parts = ("encoder.layers",)
     compiled_shapes_vary = True
@@ -269,6 +272,79 @@ class NEST(System):
 
     def example_input(self) -> dict[str, Tensor]:
         return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
+
+    @property
+    def frame_rate_hz(self) -> float:
+        """Of the encoder's output."""
+        return self.sample_rate / (self.preprocessor.hop_samples * self.encoder.subsampling_factor)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        audio: Tensor,
+        *,
+        sample_rate: int | None = None,
+        layers: int | Sequence[int] | Literal["all"] = (-1,),
+        format: Literal["npy", "safetensors"] = "npy",
+        dtype: Literal["float32", "float16"] = "float32",
+    ) -> dict[str, Any]:
+        """The features that layers of the encoder make of a recording, nothing masked.
+
+        *audio*: (S,), or (B, S) of equal length; memory grows with the square of the length. *sample_rate*: its rate in
+        Hz, null for the system's own. *layers*: 1 is the output of the first Conformer layer, n_layers that of the last
+        one, 0 what enters the first; an `out_proj` counts as one more. Negative numbers count from the end: -1 is what
+        `encode` gives. all: from 1 to n_layers. NeMo's ConformerMultiLayerFeatureExtractor counts from 0, so that its
+        layer i is i + 1 here, and applies out_proj, where there is one, to every layer. *format*: npy: one array, which
+        layers of different width do not fit into; safetensors: a tensor for each layer. *dtype*: of the features.
+
+        Returns `features`, of one layer (…, T', D), of several (…, layers, T', D), or with safetensors `Tensors` with
+        layer_<number> (…, T', D) each. T' frames are those that the recording fills, `frame_rate_hz` a second.
+
+        Raises ValueError for a recording of less than one mel frame, and for layers that there are not.
+        """
+        wanted = self._layer_numbers(layers)
+        if format == "npy" and len(wanted) > 1 and max(wanted) > len(self.encoder.layers):
+            raise ValueError(f"layer {max(wanted)} has another width than the others: format=safetensors takes both")
+        rate = sample_rate or self.sample_rate
+        signal = audio.to(self.device, torch.float32).reshape(-1, audio.shape[-1])  # (B, S)
+        if signal.numel():
+            signal = resample(signal, rate, self.sample_rate)
+        length = torch.full((len(signal),), signal.shape[-1], device=self.device)
+        if not signal.numel() or int(self.preprocessor.frames(length).min()) < 1:
+            raise ValueError("the recording is too short for a single frame")
+        found = {
+            number: output.to(getattr(torch, dtype)).reshape(*audio.shape[:-1], *output.shape[1:])  # (…, T', D)
+            for number, output in self._outputs_of(wanted, signal, length)
+        }
+        if format == "npy":
+            features = [found[number] for number in wanted]
+            return {"features": features[0] if len(features) == 1 else torch.stack(features, -3)}
+        facts = {"frame_rate_hz": f"{self.frame_rate_hz:g}", "sample_rate": str(self.sample_rate)}
+        facts["layers"] = ",".join(map(str, wanted))
+        return {"features": Tensors({f"layer_{number}": found[number] for number in wanted}, facts)}
+
+    def _outputs_of(self, layers: list[int], audio: Tensor, length: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Number and output (B, T', D) of each, for recordings of one length; further layers are not computed."""
+        mel, mel_length = self.preprocessor(audio, length)
+        frames, num_frames = self.encoder.pre_encode(mel.transpose(1, 2), mel_length)
+        for number, output in enumerate(self.encoder.each_layer(frames, num_frames)):
+            if number in layers:
+                yield number, output[:, : int(num_frames[0])]
+            if number == max(layers):
+                return
+
+    def _layer_numbers(self, layers: int | Sequence[int] | Literal["all"]) -> list[int]:
+        """As `ConformerEncoder.each_layer` counts."""
+        if layers == "all":
+            return list(range(1, len(self.encoder.layers) + 1))
+        last = len(self.encoder.layers) + (self.encoder.out_proj is not None)
+        typed = [layers] if isinstance(layers, int) else list(layers)
+        if wrong := [number for number in typed if not -last - 1 <= number <= last]:
+            raise ValueError(f"there is no layer {wrong[0]}, the encoder has 0 to {last}, or -1 to {-last - 1}")
+        wanted = [number % (last + 1) for number in typed]
+        if len(set(wanted)) < max(len(wanted), 1):
+            raise ValueError("give at least one layer, and each once")
+        return wanted
 
     def save_to(self, path: str | Path) -> None:
         """Write a `.nemo` archive that NeMo restores: factors of layers that switched to low rank are multiplied."""
