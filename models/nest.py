@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losses.masked_prediction import masked_nll, selected_frames
 from metrics.masked_prediction import MaskedPredictionMetrics, right_tokens, with_books
-from models.base import System, Tensors
+from models.base import ExportedNetwork, System, Tensors
 from models.nemo import write_nemo
 from models.nest_sections import after_subsampling, build_part, complete_sections
 from models.optim import parameter_groups
@@ -55,6 +55,20 @@ ARCHITECTURE = (
 """The keys of a model section that say what the network is; an archive's take the place of ours."""
 
 
+class _Encoder(nn.Module):
+    """What is exported. Shape: `(B, F, T)` or, with a *preprocessor*, `(B, S)`, and `(B,)` -> `(B, D, T')`, `(B,)`."""
+
+    def __init__(self, encoder: ConformerEncoder, preprocessor: MelPreprocessor | None) -> None:
+        super().__init__()
+        self.encoder, self.preprocessor = encoder, preprocessor
+
+    def forward(self, signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        if self.preprocessor is not None:
+            signal, length = self.preprocessor(signal, length)
+        encoded, num_frames = self.encoder(signal, length)
+        return encoded, num_frames.clone()  # without sub-sampling it is the input, which an output must not be
+
+
 class NEST(System):
     """A Fast-Conformer that predicts the tokens of clean speech from noisy, masked speech.
 
@@ -82,7 +96,6 @@ class NEST(System):
 
     inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
     outputs: ClassVar[dict[str, str]] = {"features": "array"}
-    not_exportable = "the encoder is not exported yet"
     compiled_parts = ("encoder.layers",)
     compiled_shapes_vary = True
     of_training = (
@@ -272,6 +285,29 @@ class NEST(System):
 
     def example_input(self) -> dict[str, Tensor]:
         return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
+
+    def exported_network(self, *, waveform: bool) -> ExportedNetwork:
+        """The encoder: `features` (B, F, T) or, with *waveform*, `audio` (B, S), and their `length` (B,) ->
+        `encoded` (B, D, T'), `encoded_length` (B,).
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def batch(size: int, num_frames: int) -> dict[str, Tensor]:
+            width, share = num_frames, torch.tensor([1.0, 0.6, 0.3])[:size]
+            if waveform:
+                width = (num_frames + 1) * self.preprocessor.hop_samples
+                signal = {"audio": 0.1 * torch.randn(size, width, generator=generator)}
+            else:
+                signal = {"features": torch.randn(size, self.encoder.feat_in, width, generator=generator)}
+            return signal | {"length": (width * share).long()}
+
+        return ExportedNetwork(
+            _Encoder(self.encoder, self.preprocessor.for_export() if waveform else None).eval(),
+            sizes=(batch(1, 21), batch(2, 100), batch(3, 333)),
+            open_axes={"audio" if waveform else "features": (0, -1), "length": (0,)},
+            outputs=("encoded", "encoded_length"),
+            facts={"sample_rate": self.sample_rate, "frame_rate_hz": self.frame_rate_hz},
+        )
 
     @property
     def frame_rate_hz(self) -> float:
