@@ -20,24 +20,19 @@ def write(
     *,
     opset: int,
     facts: dict[str, Any],
-    open_axes: dict[str, tuple[int, ...]] | None = None,
+    open_axes: dict[str, dict[int, str]] | None = None,
 ) -> None:
     """*inputs*: an example, in the order of `forward`. *outputs*: names. *facts*: the file's metadata. *open_axes*: of
-    each input, axes whose sizes are left open and are not 1 in the example.
+    each input, axes whose sizes are left open, with their names; in the example they are not 1.
     """
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-    shapes = None
-    if open_axes is not None:
-        shapes = tuple(
-            {axis % value.ndim: torch.export.Dim.DYNAMIC for axis in open_axes[name]} for name, value in inputs.items()
-        )
     program = torch.onnx.export(
         module,
         tuple(inputs.values()),
         input_names=list(inputs),
         output_names=list(outputs),
-        dynamic_shapes=shapes,
+        dynamic_shapes=tuple(open_axes[name] for name in inputs) if open_axes else None,
         opset_version=opset,
         dynamo=True,
         optimize=False,

@@ -115,9 +115,12 @@ def predict_one(
     except ValueError as error:
         given = described(system, options)
         raise Refused(f"{given}: {error}" if given else str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise Refused(
-            "the device's memory is not enough; choose smaller parts (tile and whole_up_to, chunk_s) or device=cpu"
+            "the device's memory is not enough; choose smaller parts (tile and whole_up_to, chunk_s, or a manifest with"
+            " offset and duration) or device=cpu"
         ) from error
     written = []
     for name, kind in system.outputs.items():

@@ -45,12 +45,13 @@ class ExportedNetwork(NamedTuple):
     """What export.py writes of a system whose `forward` is not it: `module(*inputs)` gives the outputs.
 
     *sizes*: inputs by name, three times: smaller, as they are traced (no open size is 1), larger. *open_axes*: of each
-    input, those whose sizes are left open. *outputs*: names. *facts*: what whoever runs it has to know.
+    input, those whose sizes are left open, and a name for each. *outputs*: names. *facts*: what whoever runs it has to
+    know.
     """
 
     module: nn.Module
     sizes: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
-    open_axes: dict[str, tuple[int, ...]]
+    open_axes: dict[str, dict[int, str]]
     outputs: tuple[str, ...]
     facts: dict[str, Any]
 

@@ -6,17 +6,18 @@ Huang et al., "NEST: Self-supervised Fast Conformer as All-purpose Seasoning to 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losses.masked_prediction import masked_nll, selected_frames
 from metrics.masked_prediction import MaskedPredictionMetrics, right_tokens, with_books
 from models.base import ExportedNetwork, System, Tensors
 from models.nemo import write_nemo
+from models.nest_encoder import as_type, exported, layer_numbers, layer_outputs
 from models.nest_sections import after_subsampling, build_part, complete_sections
 from models.optim import parameter_groups
 from modules import low_rank
@@ -53,20 +54,6 @@ ARCHITECTURE = (
     *TARGETS,
 )
 """The keys of a model section that say what the network is; an archive's take the place of ours."""
-
-
-class _Encoder(nn.Module):
-    """What is exported. Shape: `(B, F, T)` or, with a *preprocessor*, `(B, S)`, and `(B,)` -> `(B, D, T')`, `(B,)`."""
-
-    def __init__(self, encoder: ConformerEncoder, preprocessor: MelPreprocessor | None) -> None:
-        super().__init__()
-        self.encoder, self.preprocessor = encoder, preprocessor
-
-    def forward(self, signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        if self.preprocessor is not None:
-            signal, length = self.preprocessor(signal, length)
-        encoded, num_frames = self.encoder(signal, length)
-        return encoded, num_frames.clone()  # without sub-sampling it is the input, which an output must not be
 
 
 class NEST(System):
@@ -287,27 +274,8 @@ class NEST(System):
         return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
 
     def exported_network(self, *, waveform: bool) -> ExportedNetwork:
-        """The encoder: `features` (B, F, T) or, with *waveform*, `audio` (B, S), and their `length` (B,) ->
-        `encoded` (B, D, T'), `encoded_length` (B,).
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def batch(size: int, num_frames: int) -> dict[str, Tensor]:
-            width, share = num_frames, torch.tensor([1.0, 0.6, 0.3])[:size]
-            if waveform:
-                width = (num_frames + 1) * self.preprocessor.hop_samples
-                signal = {"audio": 0.1 * torch.randn(size, width, generator=generator)}
-            else:
-                signal = {"features": torch.randn(size, self.encoder.feat_in, width, generator=generator)}
-            return signal | {"length": (width * share).long()}
-
-        return ExportedNetwork(
-            _Encoder(self.encoder, self.preprocessor.for_export() if waveform else None).eval(),
-            sizes=(batch(1, 21), batch(2, 100), batch(3, 333)),
-            open_axes={"audio" if waveform else "features": (0, -1), "length": (0,)},
-            outputs=("encoded", "encoded_length"),
-            facts={"sample_rate": self.sample_rate, "frame_rate_hz": self.frame_rate_hz},
-        )
+        facts = {"sample_rate": self.sample_rate, "frame_rate_hz": self.frame_rate_hz}
+        return exported(self.encoder, self.preprocessor, waveform=waveform, facts=facts)
 
     @property
     def frame_rate_hz(self) -> float:
@@ -336,21 +304,19 @@ class NEST(System):
         Returns `features`, of one layer (…, T', D), of several (…, layers, T', D), or with safetensors `Tensors` with
         layer_<number> (…, T', D) each. T' frames are those that the recording fills, `frame_rate_hz` a second.
 
-        Raises ValueError for a recording of less than one mel frame, and for layers that there are not.
+        Raises ValueError for a recording of less than one mel frame, for layers that there are not, and for features
+        that float16 cannot hold.
         """
-        wanted = self._layer_numbers(layers)
+        wanted = layer_numbers(self.encoder, layers)
         if format == "npy" and len(wanted) > 1 and max(wanted) > len(self.encoder.layers):
             raise ValueError(f"layer {max(wanted)} has another width than the others: format=safetensors takes both")
         rate = sample_rate or self.sample_rate
         signal = audio.to(self.device, torch.float32).reshape(-1, audio.shape[-1])  # (B, S)
         if signal.numel():
             signal = resample(signal, rate, self.sample_rate)
-        length = torch.full((len(signal),), signal.shape[-1], device=self.device)
-        if not signal.numel() or int(self.preprocessor.frames(length).min()) < 1:
-            raise ValueError("the recording is too short for a single frame")
         found = {
-            number: output.to(getattr(torch, dtype)).reshape(*audio.shape[:-1], *output.shape[1:])  # (…, T', D)
-            for number, output in self._outputs_of(wanted, signal, length)
+            number: as_type(output, dtype).reshape(*audio.shape[:-1], *output.shape[1:])  # (…, T', D)
+            for number, output in layer_outputs(self.encoder, self.preprocessor, signal, wanted)
         }
         if format == "npy":
             features = [found[number] for number in wanted]
@@ -358,29 +324,6 @@ class NEST(System):
         facts = {"frame_rate_hz": f"{self.frame_rate_hz:g}", "sample_rate": str(self.sample_rate)}
         facts["layers"] = ",".join(map(str, wanted))
         return {"features": Tensors({f"layer_{number}": found[number] for number in wanted}, facts)}
-
-    def _outputs_of(self, layers: list[int], audio: Tensor, length: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Number and output (B, T', D) of each, for recordings of one length; further layers are not computed."""
-        mel, mel_length = self.preprocessor(audio, length)
-        frames, num_frames = self.encoder.pre_encode(mel.transpose(1, 2), mel_length)
-        for number, output in enumerate(self.encoder.each_layer(frames, num_frames)):
-            if number in layers:
-                yield number, output[:, : int(num_frames[0])]
-            if number == max(layers):
-                return
-
-    def _layer_numbers(self, layers: int | Sequence[int] | Literal["all"]) -> list[int]:
-        """As `ConformerEncoder.each_layer` counts."""
-        if layers == "all":
-            return list(range(1, len(self.encoder.layers) + 1))
-        last = len(self.encoder.layers) + (self.encoder.out_proj is not None)
-        typed = [layers] if isinstance(layers, int) else list(layers)
-        if wrong := [number for number in typed if not -last - 1 <= number <= last]:
-            raise ValueError(f"there is no layer {wrong[0]}, the encoder has 0 to {last}, or -1 to {-last - 1}")
-        wanted = [number % (last + 1) for number in typed]
-        if len(set(wanted)) < max(len(wanted), 1):
-            raise ValueError("give at least one layer, and each once")
-        return wanted
 
     def save_to(self, path: str | Path) -> None:
         """Write a `.nemo` archive that NeMo restores: factors of layers that switched to low rank are multiplied."""

@@ -51,6 +51,7 @@ def test_from_features(script, in_tmp: Path) -> None:
     )
     system, run = load("x.nemo"), runner(Path("x.onnx"))
     assert [o.name for o in run.session.get_outputs()] == ["encoded", "encoded_length"]  # type: ignore[attr-defined]
+    assert [i.shape for i in run.session.get_inputs()] == [["batch", 80, "frames"], ["batch"]]  # type: ignore[attr-defined]
     facts = run.session.get_modelmeta().custom_metadata_map  # type: ignore[attr-defined]
     assert facts == {"sample_rate": "16000", "frame_rate_hz": "12.5"}
     length = torch.tensor([1, 3000, 700])

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from models import load
 from models.nest import NEST
+from modules.conformer_layer import ConformerLayer
 
 ENCODER = {"d_model": 16, "n_heads": 2, "n_layers": 3, "subsampling_conv_channels": 4, "ff_expansion_factor": 2}
 
@@ -55,6 +56,22 @@ def test_a_folder_of_lengths(archive: Path, script) -> None:
     assert np.load("out/rate_features.npy").shape == (13, 16), "1 s at 12.5 frames"
 
 
+def test_a_recording_that_the_memory_is_too_small_for(archive: Path, script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of torch's allocator on a CPU; the other files are done."""
+
+    def attend(self: Any, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[1] < 20 else torch.empty(1 << 60)
+
+    monkeypatch.setattr(ConformerLayer, "forward", attend)
+    write("in/a.wav", 48000)
+    write("in/b.wav", 1600)
+    done = script("predict", [f"ckpt_path={archive}", "input=in", "output=out"])
+    assert done.code == 2 and "1 of 2 done" in done.out
+    assert (
+        done.err.startswith("error: in/a.wav: the device's memory is not enough; ") and len(done.err.splitlines()) == 1
+    )
+
+
 def test_several_layers(archive: Path, script) -> None:
     audio = torch.from_numpy(write("x.wav", 9000))
     typed = [f"ckpt_path={archive}", "input=x.wav"]
@@ -92,6 +109,14 @@ def test_how_layers_are_counted() -> None:
     assert [tuple(tensor.shape) for tensor in both.tensors.values()] == [(13, 16), (13, 8)]
     with pytest.raises(ValueError, match="layer 4 has another width than the others: format=safetensors takes both"):
         system.predict(audio, layers=[3, -1])
+
+
+def test_what_float16_cannot_hold() -> None:
+    system, audio = build(), torch.randn(1600)
+    system.encoder.pre_encode.out.bias.data.fill_(1e5)
+    assert system.predict(audio, layers=0)["features"].isfinite().all()
+    with pytest.raises(ValueError, match="larger than float16 can say: dtype=float32 can"):
+        system.predict(audio, layers=0, dtype="float16")
 
 
 @pytest.mark.parametrize(
