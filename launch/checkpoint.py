@@ -174,7 +174,8 @@ def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str,
 
     evaluate: the data section, and what the system lets one choose there. export: the data section. predict: the
     options of the system's `predict`, without a prefix, and a key for each input signal beside the first, which is
-    `input`. An archive has no configuration: an empty data section, and options at their defaults. *packages*: as typed; a checkpoint's own are never believed.
+    `input`. An archive has no configuration: an empty data section, and options at their defaults. *packages*: as
+    typed; a checkpoint's own are never believed.
     """
     content = (read_checkpoint if script == "evaluate" else read_trained)(path)
     config = content.get("config")
