@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from launch.options import default_options
 from launch.run_dir import LAST, newest_run
 from launch.targets import DATASETS
 from models.base import System
-from models.checkpoint import CheckpointError, find_class, read_checkpoint, read_plain
+from models.checkpoint import CheckpointError, find_class, read_checkpoint, read_plain, read_trained
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +159,10 @@ def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str,
 
     evaluate: the data section, and what the system lets one choose there. export: the data section. predict: the
     options of the system's `predict`, without a prefix, and a key for each input signal beside the first, which is
-    `input`. *packages*: as typed; a checkpoint's own are never believed.
+    `input`. An archive has no configuration: an empty data section, and options at their defaults. *packages*: as
+    typed; a checkpoint's own are never believed.
     """
-    content = read_checkpoint(path)
+    content = (read_checkpoint if script == "evaluate" else read_trained)(path)
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds no configuration, so it was not written by train.py")
@@ -173,7 +175,7 @@ def run_configuration(path: Path, script: str, packages: list[str]) -> dict[str,
         arguments = content["system"]["arguments"]
         chosen = {key: arguments[key] for key in system.chosen_in_evaluation if key in arguments}
         return {"data": config["data"], "model": chosen}
-    return {**(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
+    return {**default_options(system), **(config.get("predict") or {}), **dict.fromkeys(list(system.inputs)[1:])}
 
 
 def system_class(content: dict[str, Any], path: Path, packages: list[str]) -> type[System]:

@@ -1,10 +1,12 @@
 """A checkpoint -> ONNX with sizes of its inputs left open, compared with the original at three; and one of 8 bits.
 
-Of a system that runs live it is one step instead: launch/export_stream.py.
+What is written is `forward`, or what the system says instead (`exported_network`). Of a system that runs live it is one
+step: launch/export_stream.py.
 """
 
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,23 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.audio import atomic_path
 from data.base import SystemData
-from launch import checkpoint, export_stream, quantise
+from launch import checkpoint, export_stream, onnx_file, quantise
 from launch.build import disagreements, plain, typed_keys
 from launch.errors import ConfigError
 from launch.hardware import quieten
 from launch.targets import Blueprint
-from models.base import System
-from models.checkpoint import build_system, read_checkpoint
+from models.base import ExportedNetwork, System
+from models.checkpoint import build_system, read_trained
 
 log = logging.getLogger(__name__)
 
 # Of the largest sample. Float32 and another order of summation stay two orders of magnitude below.
 _TOLERANCE = 1e-3
+_MOST_BYTES = 1_900_000_000  # of protobuf's 2 GiB, less room for what is not weights
 
 
 def run(cfg: DictConfig) -> None:
@@ -48,28 +51,29 @@ def run(cfg: DictConfig) -> None:
     except ImportError as error:
         raise ConfigError(f"exporting needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     path = checkpoint.locate(config["ckpt_path"])
-    content = read_checkpoint(path)
+    content = read_trained(path)
     system = build_system(content, path, config["packages"])
-    if system.not_exportable:
-        raise ConfigError(f"{type(system).__name__} cannot be exported: {system.not_exportable}")
     if wrong := next((name for name in ("waveform", "int8") if not isinstance(config[name], bool)), None):
         raise ConfigError(f"{wrong} must be true or false, got {config[wrong]!r}")
     step = system.streaming_step(waveform=config["waveform"])
-    if step is None and config["waveform"]:
-        raise ConfigError(
-            f"waveform=true is for systems that are exported step by step, {type(system).__name__} is not"
-        )
+    network = system.exported_network(waveform=config["waveform"]) if step is None else None
+    if step is None and network is None and config["waveform"]:
+        raise ConfigError(f"waveform=true is for echo cancellation and pre-training, not for {type(system).__name__}")
     data = _validation_data(system, config) if config["int8"] else None
     if step is not None:
         export_stream.export(step, output, opset=config["opset"])
         if data is not None:
             export_stream.export_int8(output, system, step, data, num_examples=config["calibration_examples"])
         return
-    sizes = of_three_sizes(system.example_input(), system.dynamic_axes)
     with atomic_path(output) as temporary:
-        write_onnx(system, sizes[-1], temporary, opset=config["opset"])
+        if network is None:
+            module, sizes = system, of_three_sizes(system.example_input(), system.dynamic_axes)
+            write_onnx(system, sizes[-1], temporary, opset=config["opset"])
+        else:
+            module, sizes = network.module, network.sizes
+            write_network(network, temporary, opset=config["opset"])
         for inputs in sizes:
-            difference, shape = largest_difference(system, temporary, inputs), _shape(inputs)
+            difference, shape = largest_difference(module, temporary, inputs), _shape(inputs)
             log.info("%s: input of %s, largest difference from the original %.2g", output, shape, difference)
             if not difference <= _TOLERANCE:  # NaN too
                 raise RuntimeError(
@@ -99,6 +103,23 @@ def write_onnx(system: System, example: dict[str, Tensor], path: Path, *, opset:
     )
 
 
+def write_network(network: ExportedNetwork, path: Path, *, opset: int) -> None:
+    """The file, with the facts as metadata. Raises ConfigError for a network that one file cannot hold."""
+    num_bytes = sum(weight.nbytes for weight in [*network.module.parameters(), *network.module.buffers()])
+    if num_bytes > _MOST_BYTES:
+        raise ConfigError(f"its weights have {num_bytes / 1e9:.1f} GB, an ONNX file holds 2")
+    with torch.no_grad():
+        onnx_file.write(
+            network.module,
+            network.sizes[1],
+            network.outputs,
+            path,
+            opset=opset,
+            facts=network.facts,
+            open_axes=network.open_axes,
+        )
+
+
 def of_three_sizes(example: dict[str, Tensor], axes: Sequence[int]) -> list[dict[str, Tensor]]:
     """Along each of *axes* a third and odd, as it is, and both together; so of a batch of one 1, 1 and 2."""
     sizes = [{}, example, {}]
@@ -116,18 +137,24 @@ def _shape(inputs: dict[str, Tensor]) -> str:
     return " x ".join(map(str, next(iter(inputs.values())).shape))
 
 
-def largest_difference(system: System, path: Path, inputs: dict[str, Tensor]) -> float:
-    """Between the outputs of an ONNX file and the system's, over all of them, as a share of the largest sample."""
+def largest_difference(module: nn.Module, path: Path, inputs: dict[str, Tensor]) -> float:
+    """Between the outputs of an ONNX file and the module's, over all of them, as a share of the largest sample;
+    infinite where whole numbers, such as lengths, are not the same.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    found: Any = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     with torch.inference_mode():
-        result: Any = system(*inputs.values())
+        result: Any = module(*inputs.values())
     expected = [value.numpy() for value in (result if isinstance(result, tuple) else (result,))]
-    differences = [np.abs(theirs - ours).max() for theirs, ours in zip(found, expected, strict=True)]
-    largest = [max(np.abs(ours).max(), np.finfo(ours.dtype).tiny) for ours in expected]
-    return max(float(difference / scale) for difference, scale in zip(differences, largest, strict=True))
+    return max(_difference(theirs, ours) for theirs, ours in zip(found, expected, strict=True))
+
+
+def _difference(theirs: np.ndarray, ours: np.ndarray) -> float:
+    if ours.dtype.kind == "i":
+        return 0.0 if np.array_equal(theirs, ours) else math.inf
+    return float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), np.finfo(ours.dtype).tiny))
 
 
 def _validation_data(system: System, config: dict[str, Any]) -> SystemData:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data.audio import atomic_path
 from data.base import SystemData
+from launch import onnx_file
 from launch.onnx_stream import NEXT, OnnxStream
 from launch.quantise import write_quantised
 from models.base import StreamingStep, System
@@ -46,24 +47,8 @@ class _Flat(nn.Module):
 
 def write_step(step: StreamingStep, path: Path, *, opset: int) -> None:
     """The file, with the facts as metadata."""
-    from onnxscript.optimizer import fold_constants, remove_unused_nodes
-
-    inputs = step.inputs | step.state
-    program = torch.onnx.export(
-        _Flat(step).eval(),
-        tuple(inputs.values()),
-        input_names=list(inputs),
-        output_names=[step.output, *(f"{name}{NEXT}" for name in step.state)],
-        opset_version=opset,
-        dynamo=True,
-        optimize=False,  # it takes x + 1e-12 for x, and silence becomes NaN; onnxruntime optimises by itself
-        verbose=False,
-    )
-    assert program is not None
-    fold_constants(program.model)
-    remove_unused_nodes(program.model)
-    program.model.metadata_props.update({name: str(value) for name, value in step.facts.items()})
-    program.save(str(path))
+    outputs = [step.output, *(f"{name}{NEXT}" for name in step.state)]
+    onnx_file.write(_Flat(step).eval(), step.inputs | step.state, outputs, path, opset=opset, facts=step.facts)
 
 
 def export(step: StreamingStep, output: Path, *, opset: int) -> None:

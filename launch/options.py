@@ -43,6 +43,15 @@ def checked_options(system: System, options: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
+def default_options(system: type[System]) -> dict[str, Any]:
+    """What `System.predict` does when nothing is typed, of those values that can be typed: for a checkpoint whose
+    configuration does not have the option yet, and for an archive, which has none.
+    """
+    parameters = inspect.signature(system.predict).parameters.values()
+    own = {p.name: _default(p) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "sample_rate"}
+    return {name: value for name, value in own.items() if _is_plain(value)}
+
+
 def described(system: System, options: dict[str, Any]) -> str:
     """The options that differ from their defaults, as typed: `chunk_s=2, overlap_s=3`."""
     parameters = inspect.signature(system.predict).parameters
@@ -54,6 +63,12 @@ def described(system: System, options: dict[str, Any]) -> str:
 
 def _default(parameter: inspect.Parameter) -> Any:
     return list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _typed(value: Any) -> str:

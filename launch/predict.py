@@ -25,7 +25,7 @@ from launch.options import checked_options, described
 from launch.pairs import Signals, pair_inputs
 from launch.signal_files import read_signal, write_signal
 from models.base import System
-from models.checkpoint import build_system, read_checkpoint
+from models.checkpoint import build_system, read_trained
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> None:
     quieten()
     config = plain(cfg)
     path = checkpoint.locate(config["ckpt_path"])
-    system = build_system(read_checkpoint(path), path, config["packages"])
+    system = build_system(read_trained(path), path, config["packages"])
     system.to(torch_device(str(config["device"])))
     output = Path(config["output"])
     if output.exists() and not output.is_dir():
@@ -115,9 +115,12 @@ def predict_one(
     except ValueError as error:
         given = described(system, options)
         raise Refused(f"{given}: {error}" if given else str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise Refused(
-            "the device's memory is not enough; choose smaller parts (tile and whole_up_to, chunk_s) or device=cpu"
+            "the device's memory is not enough; choose smaller parts (tile and whole_up_to, chunk_s, or a manifest with"
+            " offset and duration) or device=cpu"
         ) from error
     written = []
     for name, kind in system.outputs.items():

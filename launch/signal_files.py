@@ -1,4 +1,4 @@
-"""Files of each kind of signal - audio, image, array, records - to tensors and back."""
+"""Files of each kind of signal - audio, image, array, several arrays, records - to tensors and back."""
 
 import json
 from collections.abc import Callable
@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from data.audio import atomic_path, audio_info, read_audio, write_audio
 from data.errors import DataError
 from data.images import read_image, write_png
 from launch.inputs import Input
+from models.base import Tensors
 
 
 def read_signal(kind: str, source: Input) -> tuple[Tensor, int | None]:
@@ -29,12 +31,14 @@ def write_signal(kind: str, target: Path, name: str, signal: Any, rate: int | No
     """Write one result below the name *target*; returns its files, `<target>_<name>.<suffix>`.
 
     Audio `(N, T)` becomes a file for each, numbered from 1: x_source1.wav, x_source2.wav. An image, bool or float
-    from 0 to 1 `(H, W)` or uint8 `(3, H, W)`, becomes a PNG of 8 bits, records JSON.
+    from 0 to 1 `(H, W)` or uint8 `(3, H, W)`, becomes a PNG of 8 bits, records JSON, an array .npy, and `Tensors` a
+    safetensors file with the facts as its metadata.
 
     *keep*: files that no result may replace; others of the same name are.
 
     Raises DataError for these, and for a file that cannot be written.
     """
+    kind = "tensors" if isinstance(signal, Tensors) else kind
     signal = signal.cpu() if isinstance(signal, Tensor) else signal
     tracks = [(f"{name}{_SUFFIXES[kind]}", signal)]
     if kind == "audio" and signal.ndim > 1:
@@ -81,6 +85,15 @@ def _write_array(file: Path, array: Tensor, rate: int | None) -> None:
         raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
 
+def _write_tensors(file: Path, content: Tensors, rate: int | None) -> None:
+    packed = save({name: tensor.cpu().contiguous() for name, tensor in content.tensors.items()}, content.facts)
+    try:
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(packed)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror})") from error
+
+
 def _write_records(file: Path, content: Any, rate: int | None) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
@@ -90,7 +103,7 @@ def _write_records(file: Path, content: Any, rate: int | None) -> None:
         raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
 
-_SUFFIXES = {"audio": ".wav", "image": ".png", "array": ".npy", "records": ".json"}
+_SUFFIXES = {"audio": ".wav", "image": ".png", "array": ".npy", "tensors": ".safetensors", "records": ".json"}
 _READERS: dict[str, Callable[[Input], tuple[Tensor, int | None]]] = {
     "audio": _read_audio,
     "image": _read_image,
@@ -100,5 +113,6 @@ _WRITERS: dict[str, Callable[[Path, Any, int | None], None]] = {
     "audio": _write_audio,
     "image": _write_image,
     "array": _write_array,
+    "tensors": _write_tensors,
     "records": _write_records,
 }

@@ -47,6 +47,28 @@ class StreamingStep(NamedTuple):
     not_in_8_bits: tuple[str, ...] = ()
 
 
+class ExportedNetwork(NamedTuple):
+    """What export.py writes of a system whose `forward` is not it: `module(*inputs)` gives the outputs.
+
+    *sizes*: inputs by name, three times: smaller, as they are traced (no open size is 1), larger. *open_axes*: of each
+    input, those whose sizes are left open, and a name for each. *outputs*: names. *facts*: what whoever runs it has to
+    know.
+    """
+
+    module: nn.Module
+    sizes: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+    open_axes: dict[str, dict[int, str]]
+    outputs: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+class Tensors(NamedTuple):
+    """Several arrays of one result by name, and what whoever reads them has to know, as text by name."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, str]
+
+
 class System(pl.LightningModule, ABC):
     """One trainable system.
 
@@ -54,15 +76,13 @@ class System(pl.LightningModule, ABC):
     `compiled_parts`, see modules/compilation.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
-    (`audio`, `image` or `array`; of outputs also `records`, a list of dicts). `sample_rate` is set where signals are
-    audio.
+    (`audio`, `image` or `array`, of outputs also as `Tensors`; of outputs also `records`, a list of dicts).
+    `sample_rate` is set where signals are audio.
     """
 
     FORMAT_VERSION: ClassVar[int] = 1
     inputs: ClassVar[dict[str, str]] = {}
     outputs: ClassVar[dict[str, str]] = {}
-    not_exportable: ClassVar[str | None] = None
-    """Why export.py refuses this system; None: it does not."""
     dynamic_axes: ClassVar[tuple[int, ...]] = (-1,)
     """Axes of the inputs whose sizes export.py leaves open."""
     forward_outputs: ClassVar[tuple[str, ...]] = ()
@@ -133,8 +153,14 @@ class System(pl.LightningModule, ABC):
         raise ValueError(f"{type(self).__name__} has no example_input")
 
     def streaming_step(self, *, waveform: bool) -> StreamingStep | None:
-        """What export.py writes of a system that runs live; None: `forward`. *waveform*: samples in and out, where the
-        network itself has spectra.
+        """What export.py writes of a system that runs live; None: `exported_network`. *waveform*: samples in and out,
+        where the network itself has spectra.
+        """
+        return None
+
+    def exported_network(self, *, waveform: bool) -> ExportedNetwork | None:
+        """What export.py writes of a system that does not run live; None: `forward`. *waveform*: samples in, where the
+        network itself has features.
         """
         return None
 

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from models.base import System
 from models.nemo import is_nemo, read_nemo
+from models.nest_archive import as_checkpoint
 from models.plain import CheckpointError, load_plain
 
 Kind = TypeVar("Kind")
 OWN_PACKAGES = ("models", "data", "callbacks")
 LIBRARY_PACKAGES = ("pytorch_lightning.callbacks", "pytorch_lightning.loggers")
+_MAX_NAMED = 3
 _LFS_HEAD = b"version https://git-lfs"
 
 
@@ -102,6 +104,16 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     return checked(read_plain(path, map_location=map_location), path)
 
 
+def read_trained(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """The plain content of a training checkpoint, or a `.nemo` archive's in the form of one: all that `build_system`
+    needs.
+
+    Raises CheckpointError as `read_checkpoint` and `models.nest_archive.as_checkpoint` do.
+    """
+    content = read_plain(path, map_location=map_location)
+    return checked(as_checkpoint(content, path) if "model_config" in content else content, path)
+
+
 def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The content of the file `path` if it is that of a training checkpoint; raises as `read_checkpoint` does."""
     if "state_dict" not in content:
@@ -149,7 +161,7 @@ def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[s
     try:
         system = find_class(described["name"], System, packages)(**described["arguments"])
         system.restructure(content.get("structure") or [])
-        system.load_state_dict(content["state_dict"])
+        _load_all(system, content["state_dict"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
     for name, weight in system.named_parameters():
@@ -160,17 +172,32 @@ def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[s
     return system.eval()
 
 
+def _load_all(system: System, state: dict[str, Tensor]) -> None:
+    """Raises ValueError, in one line, where the weights are not exactly the system's."""
+    own = system.state_dict()
+    named = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "mismatched": [name for name in own if name in state and own[name].shape != state[name].shape],
+    }
+    for kind, names in named.items():
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            raise ValueError(f"{kind} weights: {', '.join(names[:_MAX_NAMED])}{more}")
+    system.load_state_dict(state)
+
+
 def load(path: str | Path, *, packages: Sequence[str] = (), map_location: Any = "cpu", cached: bool = False) -> System:
-    """A trained system from its checkpoint: `load("x.ckpt").predict(x, sample_rate=16000)`.
+    """A trained system from its checkpoint, or from a `.nemo` archive: `load("x.ckpt").predict(x, sample_rate=16000)`.
 
     *packages*: packages of your own that the system's class may come from. *map_location*: the device that it is on.
     *cached*: the same object again as long as the file (its place, time and size), the device and the packages are the
     same; the last four are kept. It is shared: predict with it, do not train, change or move it.
 
-    Raises CheckpointError as `read_checkpoint` and `build_system` do.
+    Raises CheckpointError as `read_trained` and `build_system` do.
     """
     if not cached:
-        return build_system(read_checkpoint(path, map_location=map_location), path, packages).to(map_location)
+        return build_system(read_trained(path, map_location=map_location), path, packages).to(map_location)
     file = Path(path).resolve()
     if not file.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")

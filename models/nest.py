@@ -6,16 +6,18 @@ Huang et al., "NEST: Self-supervised Fast Conformer as All-purpose Seasoning to 
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from losses.masked_prediction import masked_nll, selected_frames
 from metrics.masked_prediction import MaskedPredictionMetrics, right_tokens, with_books
-from models.base import System
+from models.base import ExportedNetwork, System, Tensors
 from models.nemo import write_nemo
+from models.nest_encoder import as_type, exported, layer_numbers, layer_outputs
 from models.nest_sections import after_subsampling, build_part, complete_sections
 from models.optim import parameter_groups
 from modules import low_rank
@@ -24,6 +26,7 @@ from modules.conformer import ConformerEncoder
 from modules.masked_subsampling import MaskedSubsampling
 from modules.mel import MelPreprocessor
 from modules.quantizer import RandomProjectionVectorQuantizer
+from modules.resampling import resample
 from modules.softmax_decoder import MultiSoftmaxDecoder
 
 log = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ class NEST(System):
     """
 
     inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
-    not_exportable = "the encoder is not exported yet"
+    outputs: ClassVar[dict[str, str]] = {"features": "array"}
     compiled_parts = ("encoder.layers",)
     compiled_shapes_vary = True
     of_training = (
@@ -269,6 +272,58 @@ class NEST(System):
 
     def example_input(self) -> dict[str, Tensor]:
         return {"audio": torch.randn(1, self.sample_rate, generator=torch.Generator().manual_seed(0))}
+
+    def exported_network(self, *, waveform: bool) -> ExportedNetwork:
+        facts = {"sample_rate": self.sample_rate, "frame_rate_hz": self.frame_rate_hz}
+        return exported(self.encoder, self.preprocessor, waveform=waveform, facts=facts)
+
+    @property
+    def frame_rate_hz(self) -> float:
+        """Of the encoder's output."""
+        return self.sample_rate / (self.preprocessor.hop_samples * self.encoder.subsampling_factor)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        audio: Tensor,
+        *,
+        sample_rate: int | None = None,
+        layers: int | Sequence[int] | Literal["all"] = (-1,),
+        format: Literal["npy", "safetensors"] = "npy",
+        dtype: Literal["float32", "float16"] = "float32",
+    ) -> dict[str, Any]:
+        """The features that layers of the encoder make of a recording, nothing masked.
+
+        *audio*: (S,), or (B, S) of equal length; memory grows with the square of the length. *sample_rate*: its rate in
+        Hz, null for the system's own. *layers*: 1 is the output of the first Conformer layer, n_layers that of the last
+        one, 0 what enters the first; an `out_proj` counts as one more. Negative numbers count from the end: -1 is what
+        `encode` gives. all: from 1 to n_layers. NeMo's ConformerMultiLayerFeatureExtractor counts from 0, so that its
+        layer i is i + 1 here, and applies out_proj, where there is one, to every layer. *format*: npy: one array, which
+        layers of different width do not fit into; safetensors: a tensor for each layer. *dtype*: of the features.
+
+        Returns `features`, of one layer (…, T', D), of several (…, layers, T', D), or with safetensors `Tensors` with
+        layer_<number> (…, T', D) each. T' frames are those that the recording fills, `frame_rate_hz` a second.
+
+        Raises ValueError for a recording of less than one mel frame, for layers that there are not, and for features
+        that float16 cannot hold.
+        """
+        wanted = layer_numbers(self.encoder, layers)
+        if format == "npy" and len(wanted) > 1 and max(wanted) > len(self.encoder.layers):
+            raise ValueError(f"layer {max(wanted)} has another width than the others: format=safetensors takes both")
+        rate = sample_rate or self.sample_rate
+        signal = audio.to(self.device, torch.float32).reshape(-1, audio.shape[-1])  # (B, S)
+        if signal.numel():
+            signal = resample(signal, rate, self.sample_rate)
+        found = {
+            number: as_type(output, dtype).reshape(*audio.shape[:-1], *output.shape[1:])  # (…, T', D)
+            for number, output in layer_outputs(self.encoder, self.preprocessor, signal, wanted)
+        }
+        if format == "npy":
+            features = [found[number] for number in wanted]
+            return {"features": features[0] if len(features) == 1 else torch.stack(features, -3)}
+        facts = {"frame_rate_hz": f"{self.frame_rate_hz:g}", "sample_rate": str(self.sample_rate)}
+        facts["layers"] = ",".join(map(str, wanted))
+        return {"features": Tensors({f"layer_{number}": found[number] for number in wanted}, facts)}
 
     def save_to(self, path: str | Path) -> None:
         """Write a `.nemo` archive that NeMo restores: factors of layers that switched to low rank are multiplied."""

@@ -15,7 +15,8 @@ Decisions that are not obvious:
 """
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -221,16 +222,26 @@ class ConformerEncoder(nn.Module):
 
     def contextualise(self, x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """What follows sub-sampling. Shape: x (B, T', D), length (B,) -> (B, D or feat_out, T'), length (B,)."""
+        (encoded,) = deque(self.each_layer(x, length), maxlen=1)  # the last; no other is kept
+        return encoded.transpose(1, 2), length
+
+    def each_layer(self, x: Tensor, length: Tensor) -> Iterator[Tensor]:
+        """Of sub-sampled frames, one after the other: what enters the first layer, what each layer makes of it, and
+        what `out_proj` does in the end where there is one.
+
+        Shape: x (B, T', D), length (B,) -> (B, T', D) each, behind out_proj (B, T', feat_out).
+        """
         num_frames = x.shape[1]
         x = self.dropout_pre_encoder(x * self.scale)
         positions = self.dropout_emb(self.positions(num_frames, x.device, next(self.parameters()).dtype))
         padding = padding_mask(length, num_frames)
         hidden = attention_mask(length, num_frames, self.att_context_size, self.att_context_style)
+        yield x
         for layer, drop_prob in zip(self.layers, self.layer_drop_probs, strict=True):
             before, x = x, layer(x, positions, hidden, padding)
             if self.training and drop_prob:
                 dropped = torch.rand((), device="cpu").item() < drop_prob  # no other device is waited for
                 x = x * 0.0 + before if dropped else (x - before) / (1 - drop_prob) + before
+            yield x
         if self.out_proj is not None:
-            x = self.out_proj(x)
-        return x.transpose(1, 2), length
+            yield self.out_proj(x)

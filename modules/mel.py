@@ -6,6 +6,7 @@ Decisions that are not obvious:
 * Each item is normalised by its own valid frames, so a longer neighbour in the batch changes nothing.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +126,8 @@ class MelPreprocessor(nn.Module):
     Raises ValueError for values that do not fit, and for signals of another shape.
     """
 
+    kernels: Tensor | None  # cosines and sines under the window (2 bins, 1, n_fft), of `for_export`
+
     def __init__(
         self,
         *,
@@ -210,6 +213,7 @@ class MelPreprocessor(nn.Module):
         filters = mel_filterbank(sample_rate, self.n_fft, features, lowfreq, highfreq)
         self.featurizer.register_buffer("fb", filters[None])
         self.featurizer.register_buffer("fixed", _fixed_statistics(normalize, features), persistent=False)
+        self.register_buffer("kernels", None, persistent=False)
 
     @torch.no_grad()
     def forward(self, signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,6 +246,22 @@ class MelPreprocessor(nn.Module):
             # With exact_pad, as in NeMo, this counts from the start of the padding and silences the last samples too.
             behind = torch.arange(signal.shape[1], device=signal.device) >= length[:, None]  # (B, S)
             signal = pre_emphasis(signal, self.preemph).masked_fill(behind, 0)
+        real, imaginary = self._spectrum(signal, window)
+        # Two strided products instead of a sum over an axis of two, which is slow on a CPU; the same to the last bit.
+        magnitude = (real.square() + imaginary.square()).sqrt_()
+        if self.training and self.nb_augmentation_prob > 0:
+            narrow = torch.rand(len(signal), 1, 1, device=signal.device) < self.nb_augmentation_prob
+            above = torch.arange(magnitude.shape[1], device=signal.device)[:, None] >= self.nb_first_bin
+            magnitude.masked_fill_(narrow & above, 0)
+        return magnitude
+
+    def _spectrum(self, signal: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary part. Shape: (B, S) -> twice (B, bins, T)."""
+        if self.kernels is not None:
+            padding = 0 if self.exact_pad else self.n_fft // 2
+            both = F.conv1d(signal[:, None], self.kernels, stride=self.hop_samples, padding=padding)
+            real, imaginary = both.chunk(2, 1)
+            return real, imaginary
         spectrum = torch.stft(
             signal,
             self.n_fft,
@@ -252,13 +272,19 @@ class MelPreprocessor(nn.Module):
             pad_mode="constant",
             return_complex=True,
         )
-        # Two strided products instead of a sum over an axis of two, which is slow on a CPU; the same to the last bit.
-        magnitude = (spectrum.real.square() + spectrum.imag.square()).sqrt_()
-        if self.training and self.nb_augmentation_prob > 0:
-            narrow = torch.rand(len(signal), 1, 1, device=signal.device) < self.nb_augmentation_prob
-            above = torch.arange(magnitude.shape[1], device=signal.device)[:, None] >= self.nb_first_bin
-            magnitude.masked_fill_(narrow & above, 0)
-        return magnitude
+        return spectrum.real, spectrum.imag
+
+    def for_export(self) -> "MelPreprocessor":
+        """A copy in evaluation that an exported graph can hold: its transform is a convolution, and no size follows
+        from a value. The last digits differ.
+        """
+        copied = copy.deepcopy(self).eval()
+        window = self.featurizer.window.double()
+        before = (self.n_fft - len(window)) // 2
+        window = F.pad(window, (before, self.n_fft - len(window) - before))
+        bins = torch.fft.rfft(window.diag()).T  # (bins, n_fft)
+        copied.kernels = torch.cat([bins.real, bins.imag])[:, None].to(self.featurizer.window)
+        return copied
 
     def _log(self, mel: Tensor) -> Tensor:
         guard = self.guard_value
@@ -273,10 +299,16 @@ class MelPreprocessor(nn.Module):
         if not self.normalize:
             return mel
         if self.normalize == "all_features":
-            mean, deviation = item_statistics(mel, num_frames)
+            mean, deviation = self._item_statistics(mel, valid, num_frames)
         else:
             mean, deviation = feature_statistics(mel, valid)
         return (mel - mean) / (deviation + EPS)
+
+    def _item_statistics(self, mel: Tensor, valid: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Shape: mel (B, F, T), valid (B, 1, T), num_frames (B,) -> twice (B, 1, 1)."""
+        if self.kernels is None:
+            return item_statistics(mel, num_frames)
+        return feature_statistics(mel.flatten(1)[:, None], valid.expand_as(mel).flatten(1)[:, None])
 
     def _pad(self, mel: Tensor) -> Tensor:
         num_frames = mel.shape[2]

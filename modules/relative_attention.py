@@ -61,6 +61,8 @@ class RelativePositions:
         self._table: Tensor | None = None
 
     def __call__(self, num_frames: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_exporting():  # a table in an exported graph would limit the frames
+            return relative_positions(num_frames, self.d_model, device, dtype)
         table = self._table
         if table is None or table.device != device or table.dtype != dtype or table.shape[1] < 2 * num_frames - 1:
             with torch.inference_mode(False):  # a table made in validation must be good for training
@@ -77,6 +79,9 @@ def relative_shift(scores: Tensor) -> Tensor:
     Shape: (..., T', 2 T' - 1) -> (..., T', T').
     """
     num_frames = scores.shape[-2]
+    if torch.compiler.is_exporting():  # one formula for any number of frames, at the price of a copy
+        padded = F.pad(scores, (1, 0)).flatten(-2)  # (..., 2 T'^2)
+        return padded[..., num_frames:].unflatten(-1, (num_frames, 2 * num_frames - 1))[..., :num_frames]
     if num_frames == 1:
         return scores
     skewed = scores.flatten(-2)[..., num_frames - 1 : -1]  # (..., T' (2 T' - 2))

@@ -72,12 +72,10 @@ def test_format_1_loads_for_ever() -> None:
     torch.testing.assert_close(sources, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_an_archive_is_no_checkpoint(script, in_tmp: Path) -> None:
+def test_an_archive_holds_no_state_of_a_training(script, in_tmp: Path) -> None:
     write_nemo(in_tmp / "x.nemo", {"encoder": {}}, {"w": torch.ones(1)})
     (in_tmp / "in.jsonl").write_text("")
     line = "x.nemo: an archive of weights without a training state: train.py model.restore_from=x.nemo goes on from its"
-    with pytest.raises(CheckpointError, match=line):
-        load("x.nemo")
     for name, typed in {"train": ["model=nest", "model.train_ds.manifest_filepath=in.jsonl"], "evaluate": []}.items():
         done = script(name, [*typed, "ckpt_path=x.nemo"])
         assert done.code == 2 and done.err.splitlines() == [f"error: {line} weights"], done.text

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from launch.checkpoint import locate
 from models.checkpoint import read_checkpoint
 from tests.conftest import OF_THE_MACHINE, TINY_NEST
 
@@ -57,12 +59,15 @@ def test_scores_of_a_test_and_of_evaluate(script, corpus: Path, trained_nest: Pa
     assert again["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "output"), [("export", "x.onnx"), ("predict", "features")])
-def test_what_cannot_be_done_with_it_yet_is_said_in_one_line(
-    script, trained_nest: Path, in_tmp: Path, name: str, output: str
-) -> None:
-    done = script(name, [f"ckpt_path={trained_nest}", f"output={output}", *(["input=."] if name == "predict" else [])])
-    assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.text
+def test_features_of_a_run(script, trained_nest: Path, corpus: Path, in_tmp: Path) -> None:
+    """Also of one whose configuration does not have the options yet."""
+    content = torch.load(locate(trained_nest), weights_only=True)
+    assert content["config"].pop("predict") == {"layers": [-1], "format": "npy", "dtype": "float32"}
+    torch.save(content, "old.ckpt")
+    for path in (trained_nest, "old.ckpt"):
+        done = script("predict", [f"ckpt_path={path}", f"input={corpus / 'val.jsonl'}", "output=out", "layers=1"])
+        assert done.code == 0 and "4 of 4 done" in done.out, done.text
+    assert np.load("out/talker5/0_features.npy").shape == (13, 16), "1 s at 12.5 frames"
 
 
 def test_a_validation_without_a_masked_frame_is_told(script, named: list[str], in_tmp: Path) -> None:

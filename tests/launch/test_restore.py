@@ -59,7 +59,7 @@ def test_typed_keys() -> None:
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", ["${model.code_dim}"], {1, 2}])
 def test_references_are_not_followed(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"model.encoder.d_model in the file is .*plain value"):
+    with pytest.raises(CheckpointError, match=r"model.encoder.d_model in the file is .*plain value"):
         take_architecture(nest(), {"encoder": {"d_model": value}}, "x.nemo", set())
 
 
@@ -100,17 +100,17 @@ NETWORK: dict[str, Any] = {name: {"feat_in": 1} for name in ("preprocessor", "qu
 def test_files_of_another_form_are_one_line(content: dict[str, Any], reason: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.pth"
     torch.save(content, file)
-    with pytest.raises((ConfigError, CheckpointError)) as raised:
+    with pytest.raises(CheckpointError) as raised:
         Restored(str(file))
     assert f"{file}: {reason}" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_another_model(tmp_path: Path) -> None:
     write_nemo(tmp_path / "x.nemo", {"target": "nemo.a.EncDecCTCModel", "encoder": {"a": 1}}, {"w": torch.ones(1)})
-    with pytest.raises(ConfigError, match=r"x.nemo: holds EncDecCTCModel, not NEST \(no preprocessor, quantizer, dec"):
+    with pytest.raises(CheckpointError, match=r"x.nemo: holds EncDecCTCModel, not NEST \(no preprocessor, quantizer, "):
         Restored(str(tmp_path / "x.nemo"))
     torch.save({"state_dict": {}}, tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match=r"x.pth: holds another system, not NEST"):
+    with pytest.raises(CheckpointError, match=r"x.pth: holds another system, not NEST"):
         Restored(str(tmp_path / "x.pth"))
 
 

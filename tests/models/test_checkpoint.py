@@ -37,8 +37,8 @@ def test_the_same_object_for_the_same_file(in_tmp: Path) -> None:
 
 
 def test_each_device_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = checkpoint.read_checkpoint  # to the CPU, so that another name of it can stand for a second device
-    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path, map_location: read(path))
+    read = checkpoint.read_trained  # to the CPU, so that another name of it can stand for a second device
+    monkeypatch.setattr(checkpoint, "read_trained", lambda path, map_location: read(path))
     file = write(tmp_path / "x.ckpt")
     first = load(file, cached=True)
     other = load(file, cached=True, map_location="cpu:0")

@@ -257,3 +257,18 @@ def test_wrong_arguments(options, message):
 def test_wrong_shape():
     with pytest.raises(ValueError, match=r"^signal must have shape \(batch, samples\), got \(1600,\)"):
         make()(torch.randn(1600), lengths(1600))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize": "all_features", "window": "blackman"}, {"normalize": None, "exact_pad": True, "pad_to": 0}],
+)
+def test_the_copy_for_export_has_the_same_features(options):
+    """A convolution in place of the transform, sums in place of slices; the network itself stays as it is."""
+    system = make(**options)
+    exported = system.for_export()
+    signal = 0.1 * torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    (mel, length), (expected, frames) = (module(signal, lengths(9000, 5003)) for module in (exported, system))
+    assert torch.equal(length, frames) and not torch.equal(mel, expected)
+    torch.testing.assert_close(mel, expected, atol=2e-4, rtol=0)
+    assert system.kernels is None and list(exported.state_dict()) == list(system.state_dict())
