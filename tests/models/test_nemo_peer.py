@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from launch.warm_start import Source, start_from_weights
+from models import load
 from models.nemo import read_nemo
 from models.nest import NEST
 
@@ -59,6 +60,16 @@ def test_nemo_restores_our_archive(name: str, folder: Path) -> None:
     assert torch.equal(length, seen["length"])
     print(f"{name}: largest difference of the encoder {float((encoded - seen['encoded']).abs().max()):.1e}")
     torch.testing.assert_close(encoded, seen["encoded"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_of_layers(name: str, folder: Path) -> None:
+    """What predict writes is what NeMo's extractor gives; it counts layers from 0."""
+    ours, given = load(folder / f"{name}.nemo"), torch.load(folder / f"{name}.pt")
+    found = ours.predict(given["audio"][0], sample_rate=16000, layers=[1, 2])["features"]
+    for number, theirs in enumerate(torch.load(folder / f"{name}_seen.pt")["layers"]):
+        frames = found[number]  # (T', D)
+        torch.testing.assert_close(frames, theirs[0].T[: len(frames)], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
