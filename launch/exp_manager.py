@@ -23,6 +23,7 @@ from callbacks.ema import EMA
 from callbacks.graceful import duration_s
 from launch.command_line import CONFIG_DIR, keys
 from launch.errors import ConfigError
+from launch.report import relative
 from models.base import System
 from models.checkpoint import load
 
@@ -178,7 +179,7 @@ def save_archive_at_end(config: dict[str, Any], trainer: pl.Trainer, system: Sys
         path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         log.warning("%s could not be written (%s)", path, error.strerror or error)
     else:
-        log.info("archive          %s", path)
+        log.info("archive          %s", relative(path))
 
 
 def _known() -> DictConfig:

@@ -4,6 +4,7 @@ torch's exporter would optimise it: it takes x + 1e-12 for x, and silence become
 constants are folded; onnxruntime optimises by itself.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,19 @@ def write(
     """
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-    program = torch.onnx.export(
-        module,
-        tuple(inputs.values()),
-        input_names=list(inputs),
-        output_names=list(outputs),
-        dynamic_shapes=tuple(open_axes[name] for name in inputs) if open_axes else None,
-        opset_version=opset,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # two inputs share the batch, as they should
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple(open_axes[name] for name in inputs) if open_axes else None,
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
     fold_constants(program.model)
     remove_unused_nodes(program.model)

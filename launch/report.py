@@ -67,14 +67,14 @@ def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | Non
     if tested:
         log.info("%s", table(tested))
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or directory / "checkpoints" / "last.ckpt"
-    shown = _relative(Path(best))
+    shown = relative(Path(best))
     log.info("best checkpoint  %s", shown)
     for name, folder in (("listen", "listen"), ("images", "look")):
         if (directory / folder).is_dir():
-            log.info("%-16s %s", name, _relative(directory / folder))
+            log.info("%-16s %s", name, relative(directory / folder))
     for file in sorted(directory.glob("fit-profile*.txt")):
-        log.info("profile          %s", _relative(file))
-    log.info("look             tensorboard --logdir %s", _relative(directory))
+        log.info("profile          %s", relative(file))
+    log.info("look             tensorboard --logdir %s", relative(directory))
     system = trainer.lightning_module
     if getattr(type(system), "predict", None) is System.predict:  # which only refuses
         log.info("next             python evaluate.py ckpt_path=%s data.test_manifest=<manifest>", shown)
@@ -83,7 +83,8 @@ def closing(directory: Path, trainer: pl.Trainer, tested: dict[str, float] | Non
     log.info("next             python predict.py ckpt_path=%s input=<files>%s output=<folder>", shown, further)
 
 
-def _relative(path: Path) -> Path:
+def relative(path: Path) -> Path:
+    """As a user would type it: from the working directory, where it lies below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
