@@ -203,3 +203,15 @@ def test_an_archive_holds_the_network(position: str, tmp_path: Any) -> None:
     # NeMo's classes have other defaults, so all keys are there; it divides the block by itself.
     assert config["masking"]["block_size"] == 40 and config["decoder"]["use_bias"] is True
     assert config["quantizer"]["combine_time_steps"] == (8 if position == "pre_conv" else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+@pytest.mark.parametrize("bucketing", [False, True])
+def test_batches_arrive_in_pinned_memory(built: Any, tiny: dict[str, list[str]], bucketing: bool) -> None:
+    """All tensors of one, so that none is copied to the device while the step waits."""
+    typed = [*tiny["nest"], "model.train_ds.pin_memory=true", f"model.train_ds.use_bucketing={str(bucketing).lower()}"]
+    data = built(*typed).data
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert all(value.is_pinned() for value in batch.values() if isinstance(value, torch.Tensor))
