@@ -84,7 +84,7 @@ PAIRS = {
     "nest": Pair(
         ("ours", "NeMo"),
         "experiment=nest_small, 16 kHz",
-        {"batch": 4, "seconds": 6, "d_model": 176, "n_heads": 4, "n_layers": 16},
+        {"batch": 8, "seconds": 12, "d_model": 176, "n_heads": 4, "n_layers": 16},
         {"batch": 2, "seconds": 3, "d_model": 32, "n_heads": 4, "n_layers": 1},
     ),
     "unet": Pair(
@@ -139,8 +139,7 @@ class Side:
                 raise SideFailed(f"no answer within {limit_s:.0f} s")
         line = self.process.stdout.readline()
         if not line:
-            lines = [line for line in self.log.read_text().splitlines() if line.strip()]
-            raise SideFailed(lines[-1].strip()[:160] if lines else f"ended with {self.process.wait()}")
+            raise SideFailed(last_line(self.log) or f"ended with {self.process.wait()}")
         return json.loads(line)
 
     def measure(self, times: int) -> dict[str, float]:
@@ -157,6 +156,12 @@ class Side:
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
+
+
+def last_line(log: Path) -> str:
+    """Where Python says what went wrong."""
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    return lines[-1][:160] if lines else ""
 
 
 def measure_pair(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -236,7 +241,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    header = ["", "ours", "against", "ours : theirs, time", "quartiles", "ours, s", "theirs, s"]
+    header = ["", "ours", "against", "ours : theirs, time", "quartiles", "ours, s each", "theirs, s each"]
     header += ["ours : theirs, memory", "ours, MiB", "theirs, MiB", "first loss"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
