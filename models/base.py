@@ -20,7 +20,9 @@ from torchmetrics import Metric
 from models.global_loss import CountedGradient, CountedMeans
 from models.optim import build_optimizer, build_schedule, check_optim, parameter_groups
 from modules import low_rank
+from modules.checks import switches
 from modules.compilation import MODES, compile_in_training
+from modules.recomputation import recompute_in_training
 
 
 def is_chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
@@ -73,7 +75,8 @@ class System(pl.LightningModule, ABC):
     """One trainable system.
 
     *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py. *compile*: false, or torch.compile's mode for the
-    `compiled_parts`, see modules/compilation.py.
+    `compiled_parts`, see modules/compilation.py. *gradient_checkpointing*: the backward pass computes what the
+    `checkpointed_parts` have in them once more, see modules/recomputation.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
     (`audio`, `image` or `array`, of outputs also as `Tensors`; of outputs also `records`, a list of dicts).
@@ -93,6 +96,8 @@ class System(pl.LightningModule, ABC):
     """Beginnings of keys (`encoder.dropout`) that neither the weights' shapes nor their meaning depend on."""
     compiled_parts: ClassVar[tuple[str, ...]] = ("network",)
     """The modules that `compile` compiles; of a list each for itself."""
+    checkpointed_parts: ClassVar[tuple[str, ...]] = ()
+    """The modules that `gradient_checkpointing` computes twice, of those that are there; of a list each for itself."""
     compiled_shapes_vary: ClassVar[bool] = False
     """Whether hardly two training batches have inputs of one shape."""
     sample_rate: int | None = None
@@ -100,7 +105,13 @@ class System(pl.LightningModule, ABC):
     """Over what a loss with a `loss_count` is the mean: `global`, all that a step of the optimiser sees, on all
     processes; `local`, each micro-batch of each process, and the step takes the mean of these means."""
 
-    def __init__(self, *, optim: dict[str, Any] | None = None, compile: bool | str = False) -> None:
+    def __init__(
+        self,
+        *,
+        optim: dict[str, Any] | None = None,
+        compile: bool | str = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames ...
         for name in self.hparams.keys() - inspect.signature(type(self)).parameters.keys():
@@ -110,6 +121,15 @@ class System(pl.LightningModule, ABC):
         if compile is not False and compile not in MODES:
             raise ValueError(f"model.compile must be one of false, {', '.join(MODES)}, got {compile!r}")
         self.compile_mode = compile
+        switches(**{"model.gradient_checkpointing": gradient_checkpointing})
+        if gradient_checkpointing and compile is not False:
+            raise ValueError(
+                f"model.gradient_checkpointing=true beside model.compile={compile}: leave one of them out; the compiler"
+                " chooses itself what is computed twice"
+            )
+        if gradient_checkpointing and not self.checkpointed_parts:
+            raise ValueError(f"model.gradient_checkpointing=true: {type(self).__name__} has no checkpointed_parts")
+        self.gradient_checkpointing = gradient_checkpointing
         self.optim_param_groups: dict[str, dict[str, Any]] = {}  # child -> optimiser values of its own
         self._metrics: dict[str, Metric] = {}
         self._means: dict[str, CountedMeans] = {}
@@ -223,6 +243,8 @@ class System(pl.LightningModule, ABC):
         return output
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.recompute_activations()
         for name in {"val", "test"} - set(self._metrics):
             if (metric := self.make_metric(name)) is not None:
                 self._metrics[name] = metric
@@ -247,6 +269,12 @@ class System(pl.LightningModule, ABC):
         if self.compile_mode is not False:
             parts = [self.get_submodule(name) for name in self.compiled_parts]
             compile_in_training(parts, self.compile_mode, dynamic=self.compiled_shapes_vary or None)
+
+    def recompute_activations(self) -> None:
+        """From now on, where `gradient_checkpointing` is true, the parts keep nothing for their backward pass."""
+        if self.gradient_checkpointing:
+            modules = dict(self.named_modules())
+            recompute_in_training(modules[name] for name in self.checkpointed_parts if name in modules)
 
     def on_train_epoch_end(self) -> None:
         # Each process logs the loss of its own batches; what checkpoints compare has to be one number.

@@ -44,10 +44,10 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 2),
     "clipping": (None, 1.0),
     "precision": ("32-true", "bf16-mixed"),
-    "compile": (False, "default"),
     "ema": (False, True),
     "dbc": (False, True),
     "moments": ("project", "reset"),
+    "passes": ("plain", "compile", "checkpointing"),
     "processes": (1, 2),
 }
 Case = dict[str, Any]
@@ -98,7 +98,7 @@ CASES = covering_array(SETTINGS)
 
 def always(cases: list[Case], number: int) -> list[Case]:
     """Of those that are cheap, the ones that add most pairs."""
-    left = [case for case in cases if case["processes"] == 1 and not case["compile"]]
+    left = [case for case in cases if case["processes"] == 1 and case["passes"] != "compile"]
     chosen: list[Case] = []
     while len(chosen) < number:
         covered = set().union(*map(pairs_of, chosen))
@@ -198,7 +198,8 @@ def typed(case: Case, data: list[str]) -> list[str]:
         ),
         *(f"++model.optim.{value}" for value in OPTIMISER[case["optimiser"]]),
         *(f"++model.optim.sched.{value}" for value in SCHEDULE[case["schedule"]]),
-        f"model.compile={str(case['compile']).lower()}",
+        f"model.compile={'default' if case['passes'] == 'compile' else 'false'}",
+        f"model.gradient_checkpointing={str(case['passes'] == 'checkpointing').lower()}",
         f"trainer.accumulate_grad_batches={case['accumulation']}",
         f"trainer.gradient_clip_val={'null' if case['clipping'] is None else case['clipping']}",
         f"trainer.precision={case['precision']}",
