@@ -6,6 +6,7 @@ every checkpoint (`save_hyperparameters`), so `models.load` rebuilds a system wi
 """
 
 import inspect
+import logging
 import math
 import re
 from abc import ABC, abstractmethod
@@ -14,15 +15,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from models.global_loss import CountedGradient, CountedMeans
-from models.optim import build_optimizer, build_schedule, check_optim, parameter_groups
+from models.optim import build_optimizer, build_schedule, check_optim, lr_scale, parameter_groups
 from modules import low_rank
 from modules.checks import switches
 from modules.compilation import MODES, compile_in_training
 from modules.recomputation import recompute_in_training
+
+log = logging.getLogger(__name__)
 
 
 def is_chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
@@ -130,6 +134,7 @@ class System(pl.LightningModule, ABC):
         if gradient_checkpointing and not self.checkpointed_parts:
             raise ValueError(f"model.gradient_checkpointing=true: {type(self).__name__} has no checkpointed_parts")
         self.gradient_checkpointing = gradient_checkpointing
+        self.lr_scale: float | None = None  # what rates were multiplied by for the size of the batch
         self.optim_param_groups: dict[str, dict[str, Any]] = {}  # child -> optimiser values of its own
         self._metrics: dict[str, Metric] = {}
         self._means: dict[str, CountedMeans] = {}
@@ -303,10 +308,45 @@ class System(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.groups_to_train(), self.optim)
-        schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
+        if self.optim.get("scale_lr_with_batch") is not None:
+            self._scale_rates(optimizer)
+        try:
+            schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
+        except ValueError as error:  # which length of training and size of batch decide
+            raise MisconfigurationException(str(error)) from error
         if schedule and str(schedule.get("monitor", "")).startswith("val_"):
             schedule["frequency"] = self.trainer.check_val_every_n_epoch or 1  # only epochs with a value of their own
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
+
+    def _scale_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the rates of all groups from the batch that they are meant for to that of this run.
+
+        A resumed run keeps what its checkpoint was trained with, since the rates there go on.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "examples_per_batch"):
+            raise MisconfigurationException("model.optim.scale_lr_with_batch needs data that knows its batch size")
+        together, accumulated = data.examples_per_batch[1], self.trainer.accumulate_grad_batches
+        scale = lr_scale(self.optim, together * accumulated)
+        resumed = self.lr_scale if self.trainer.ckpt_path else None
+        self.lr_scale = scale if resumed is None else resumed
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= self.lr_scale
+        if not self.trainer.is_global_zero:
+            return
+        batch = f"{together * accumulated} examples a step ({together} x {accumulated} accumulated)"
+        if resumed not in (None, scale):
+            log.warning(
+                "the checkpoint's learning rate goes on, scaled by %g; a new run with %s would scale it by %g",
+                resumed,
+                batch,
+                scale,
+            )
+            return
+        scaled = ", ".join(f"{rate:g} x {self.lr_scale:g} = {rate * self.lr_scale:g}" for rate in dict.fromkeys(rates))
+        meant = self.optim["scale_lr_with_batch"]
+        log.info("learning rate %s: for %s, where model.optim.lr is meant for %d", scaled, batch, meant)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is not None:
@@ -331,8 +371,11 @@ class System(pl.LightningModule, ABC):
             "arguments": dict(self.hparams),
         }
         checkpoint["structure"] = self.structure
+        if self.lr_scale is not None:
+            checkpoint["lr_scale"] = self.lr_scale
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.lr_scale = checkpoint.get("lr_scale")
         # The weights are loaded next: a resume from either side of a switch, or a test of the best checkpoint.
         self.restructure(checkpoint.get("structure") or [])
 

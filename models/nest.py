@@ -336,5 +336,6 @@ class NEST(System):
         scalars = {key: self.hparams[key] for key in ARCHITECTURE if key not in TARGETS}
         sections = {name: {"_target_": target} | self.sections[name] for name, target in TARGETS.items()}
         sections["loss"].pop("reduce")  # ours alone
-        optim = {key: value for key, value in self.optim.items() if value is not None}
+        ours = ("scale_lr_with_batch", "scale_lr_rule")
+        optim = {key: value for key, value in self.optim.items() if value is not None and key not in ours}
         return {**scalars, **sections, "target": NEMO_MODEL, "nemo_version": NEMO_VERSION, "optim": optim}
