@@ -35,7 +35,7 @@ _SCHEDULES = {
 SECTION_KEYS = ("name", "sched", "scale_lr_with_batch", "scale_lr_rule")
 RULES = {"linear": 1.0, "sqrt": 0.5}  # exponent of the ratio of two batches
 # Keys that belong to some optimisers only: without effect, not wrong, when another one is chosen.
-_FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
+_FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused", "foreach"}
 # How a step is computed, which depends on where the parameters are.
 _IMPLEMENTATION_KEYS = {"fused", "foreach", "capturable"}
 _SCHED_LIMITS = {
@@ -62,6 +62,11 @@ def check_optim(optim: dict[str, Any]) -> None:
     pair = isinstance(betas, list | tuple) and len(betas) == 2
     if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"model.optim.betas must be two numbers from 0 to below 1, got {betas!r}")
+    for key in ("fused", "foreach"):
+        if not isinstance(optim.get(key), bool | None):
+            raise ValueError(f"model.optim.{key} must be true, false or null, got {optim[key]!r}")
+    if optim.get("fused") and optim.get("foreach"):
+        raise ValueError("model.optim.fused=true beside model.optim.foreach=true: leave one of them out")
     try:  # what only the class itself knows, on a parameter that nobody needs
         factory(
             [nn.Parameter(torch.zeros(1))],
@@ -100,7 +105,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], o
     Raises ValueError for an unknown name and for keys that no optimiser of that name takes, all at once.
     """
     factory, options = _factory_and_options(optim)
-    return factory(parameters, **options)
+    optimizer = factory(parameters, **options)
+    # A fused one would take fp16's scale off the gradients within its step, and nothing could clip them before.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def parameter_groups(
