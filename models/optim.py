@@ -31,6 +31,7 @@ _SCHEDULES = {
     "noam": "noam",
     "NoamAnnealing": "noam",
 }
+ADAM8BIT_REQUIREMENT = "bitsandbytes==0.50.2"
 # Keys of the section that no optimiser takes.
 SECTION_KEYS = ("name", "sched", "scale_lr_with_batch", "scale_lr_rule")
 RULES = {"linear": 1.0, "sqrt": 0.5}  # exponent of the ratio of two batches
@@ -188,7 +189,8 @@ def _optimizer_class(name: str) -> Callable[..., Optimizer]:
         try:
             from bitsandbytes.optim import Adam8bit  # type: ignore[import-not-found]
         except ImportError:
-            raise ValueError("model.optim.name=adam8bit needs a package: pip install bitsandbytes") from None
+            line = f"model.optim.name=adam8bit needs a package: pip install {ADAM8BIT_REQUIREMENT}"
+            raise ValueError(line) from None
         return Adam8bit
     if name.lower() == "muon":
         return Muon  # not torch's, which takes matrices only
