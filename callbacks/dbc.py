@@ -1,7 +1,7 @@
 """DBC-DAC: gradients of low rank, made from what the optimiser is about to see (modules/gradient_compression.py).
 
 `on_before_optimizer_step` is the one place where gradients are accumulated, reduced over processes, unscaled and not
-yet clipped. (A fused optimiser in 16-mixed gets them scaled; the compression does not mind.)
+yet clipped. (One that unscales in its own step gets them scaled in 16-mixed; the compression does not mind.)
 
 Every process computes the same: random sketches depend on the seed, the step and the shape alone.
 """
@@ -153,7 +153,8 @@ class DBC(pl.Callback):
                 f"callbacks.dbc needs whole gradients, which {type(trainer.strategy).__name__} does not keep;"
                 " choose trainer.strategy=auto or ddp, or leave it out"
             )
-        scaled = str(trainer.precision) == "16-mixed" and trainer.optimizers[0].defaults.get("fused")
+        unscales = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)  # of ours none does
+        scaled = str(trainer.precision) == "16-mixed" and unscales
         if scaled and self.options["residual"] == "ef" and self.method is not None:
             raise MisconfigurationException(
                 "callbacks.dbc.residual=ef: a fused optimiser in 16-mixed gets gradients whose loss scale changes;"

@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 class ResumeOverride(pl.Callback):
     """Sets *values* (name -> value of the optimiser's groups, such as lr) once the checkpoint has been restored.
 
-    A new `lr` is a new base rate: a schedule keeps its shape and goes on from where it is.
+    A new `lr` is a new base rate: a schedule keeps its shape and goes on from where it is. In a run that scales
+    rates with its batch it is scaled too.
     """
 
     def __init__(self, *, values: dict[str, Any]) -> None:
@@ -17,6 +18,8 @@ class ResumeOverride(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = dict(self.values)
         rate = values.pop("lr", None)
+        if rate is not None:
+            rate *= getattr(pl_module, "lr_scale", None) or 1.0
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.update(values)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Lightning's launcher hands the weights of processes that it started by spawn or fork to their parent in such a file.
 _BETWEEN_PROCESSES = ".temp.ckpt"
 # Of all systems, beside their own `of_training`: beginnings of keys that have no say in what the weights are.
-_OF_TRAINING = ("optim", "compile", "loss.", "scores", "restore_from", *DATASETS)
+_OF_TRAINING = ("optim", "compile", "gradient_checkpointing", "loss.", "scores", "restore_from", *DATASETS)
 
 
 class RunCheckpointIO(TorchCheckpointIO):

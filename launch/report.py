@@ -28,6 +28,7 @@ def dry_run(system: System, data: SystemData, trainer: pl.Trainer) -> None:
     for name, value in batch.items():
         described = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         log.info("  %-32s %s", name, described)
+    system.recompute_activations()
     system.to(trainer.strategy.root_device)  # where autocast does what it will do in training
     needed = cost_of_training(system, batch, context=trainer.precision_plugin.forward_context)
     log.info("%.3g G multiply-adds per %s, forward", needed.macs / 1e9, needed.unit)

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 # What _report_change does not tell: the data section's copy of the model's, and a file that a resume does not read.
 _TOLD_ELSEWHERE = ("model.restore_from", *(f"data.{name}." for name in DATASETS))
 
+# Of the section of an optimiser, what is no value of it.
+_NO_VALUES = ("model.optim.sched.", "model.optim.scale_lr_")
+
 
 def find(config: dict[str, Any], directory: Path) -> Path | None:
     """The checkpoint whose full state a run in *directory* continues from; the run's first line says which.
@@ -87,7 +90,7 @@ def take_over(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     forced = {}
     for name in config["resume_override"]:
         key = "model." + name.removeprefix("model.")
-        if not key.startswith("model.optim.") or key.startswith("model.optim.sched.") or key not in new:
+        if not key.startswith("model.optim.") or key.startswith(_NO_VALUES) or key not in new:
             raise ConfigError(f"resume_override={name}: only values of the optimiser can be forced, such as optim.lr")
         forced[key.removeprefix("model.optim.")] = new[key]
     for key in sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
@@ -106,7 +109,7 @@ def _report_change(key: str, old: Any, new: Any, forced: dict[str, Any], directo
     if name == key or name in forced:
         log.info("changed since the checkpoint: %s=%s (was %s)", key, new, old)
     else:
-        hint = "" if name.startswith("sched.") else f"; resume_override=[optim.{name}] forces it"
+        hint = "" if key.startswith(_NO_VALUES) else f"; resume_override=[optim.{name}] forces it"
         log.warning("%s=%s is NOT taking effect: the checkpoint's %s goes on%s", key, new, old, hint)
 
 

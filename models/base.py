@@ -6,6 +6,7 @@ every checkpoint (`save_hyperparameters`), so `models.load` rebuilds a system wi
 """
 
 import inspect
+import logging
 import math
 import re
 from abc import ABC, abstractmethod
@@ -14,13 +15,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from models.global_loss import CountedGradient, CountedMeans
-from models.optim import build_optimizer, build_schedule, check_optim, parameter_groups
+from models.optim import build_optimizer, build_schedule, check_optim, lr_scale, parameter_groups
 from modules import low_rank
+from modules.checks import switches
 from modules.compilation import MODES, compile_in_training
+from modules.recomputation import recompute_in_training
+
+log = logging.getLogger(__name__)
 
 
 def is_chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
@@ -73,7 +79,8 @@ class System(pl.LightningModule, ABC):
     """One trainable system.
 
     *optim*: `{name, lr, …, sched: {name, …}}`, see models/optim.py. *compile*: false, or torch.compile's mode for the
-    `compiled_parts`, see modules/compilation.py.
+    `compiled_parts`, see modules/compilation.py. *gradient_checkpointing*: the backward pass computes what the
+    `checkpointed_parts` have in them once more, see modules/recomputation.py.
 
     Class attributes that a system sets: `inputs` and `outputs`, the named signals of `predict` and their kinds
     (`audio`, `image` or `array`, of outputs also as `Tensors`; of outputs also `records`, a list of dicts).
@@ -93,6 +100,8 @@ class System(pl.LightningModule, ABC):
     """Beginnings of keys (`encoder.dropout`) that neither the weights' shapes nor their meaning depend on."""
     compiled_parts: ClassVar[tuple[str, ...]] = ("network",)
     """The modules that `compile` compiles; of a list each for itself."""
+    checkpointed_parts: ClassVar[tuple[str, ...]] = ()
+    """The modules that `gradient_checkpointing` computes twice, of those that are there; of a list each for itself."""
     compiled_shapes_vary: ClassVar[bool] = False
     """Whether hardly two training batches have inputs of one shape."""
     sample_rate: int | None = None
@@ -100,7 +109,13 @@ class System(pl.LightningModule, ABC):
     """Over what a loss with a `loss_count` is the mean: `global`, all that a step of the optimiser sees, on all
     processes; `local`, each micro-batch of each process, and the step takes the mean of these means."""
 
-    def __init__(self, *, optim: dict[str, Any] | None = None, compile: bool | str = False) -> None:
+    def __init__(
+        self,
+        *,
+        optim: dict[str, Any] | None = None,
+        compile: bool | str = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()  # of the subclass: Lightning walks up the constructor's frames ...
         for name in self.hparams.keys() - inspect.signature(type(self)).parameters.keys():
@@ -110,6 +125,16 @@ class System(pl.LightningModule, ABC):
         if compile is not False and compile not in MODES:
             raise ValueError(f"model.compile must be one of false, {', '.join(MODES)}, got {compile!r}")
         self.compile_mode = compile
+        switches(**{"model.gradient_checkpointing": gradient_checkpointing})
+        if gradient_checkpointing and compile is not False:
+            raise ValueError(
+                f"model.gradient_checkpointing=true beside model.compile={compile}: leave one of them out; the compiler"
+                " chooses itself what is computed twice"
+            )
+        if gradient_checkpointing and not self.checkpointed_parts:
+            raise ValueError(f"model.gradient_checkpointing=true: {type(self).__name__} has no checkpointed_parts")
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lr_scale: float | None = None  # what rates were multiplied by for the size of the batch
         self.optim_param_groups: dict[str, dict[str, Any]] = {}  # child -> optimiser values of its own
         self._metrics: dict[str, Metric] = {}
         self._means: dict[str, CountedMeans] = {}
@@ -223,6 +248,8 @@ class System(pl.LightningModule, ABC):
         return output
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.recompute_activations()
         for name in {"val", "test"} - set(self._metrics):
             if (metric := self.make_metric(name)) is not None:
                 self._metrics[name] = metric
@@ -247,6 +274,12 @@ class System(pl.LightningModule, ABC):
         if self.compile_mode is not False:
             parts = [self.get_submodule(name) for name in self.compiled_parts]
             compile_in_training(parts, self.compile_mode, dynamic=self.compiled_shapes_vary or None)
+
+    def recompute_activations(self) -> None:
+        """From now on, where `gradient_checkpointing` is true, the parts keep nothing for their backward pass."""
+        if self.gradient_checkpointing:
+            modules = dict(self.named_modules())
+            recompute_in_training(modules[name] for name in self.checkpointed_parts if name in modules)
 
     def on_train_epoch_end(self) -> None:
         # Each process logs the loss of its own batches; what checkpoints compare has to be one number.
@@ -275,10 +308,45 @@ class System(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.groups_to_train(), self.optim)
-        schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
+        if self.optim.get("scale_lr_with_batch") is not None:
+            self._scale_rates(optimizer)
+        try:
+            schedule = build_schedule(optimizer, self._total_steps(), **(self.optim.get("sched") or {}))
+        except ValueError as error:  # which length of training and size of batch decide
+            raise MisconfigurationException(str(error)) from error
         if schedule and str(schedule.get("monitor", "")).startswith("val_"):
             schedule["frequency"] = self.trainer.check_val_every_n_epoch or 1  # only epochs with a value of their own
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
+
+    def _scale_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the rates of all groups from the batch that they are meant for to that of this run.
+
+        A resumed run keeps what its checkpoint was trained with, since the rates there go on.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "examples_per_batch"):
+            raise MisconfigurationException("model.optim.scale_lr_with_batch needs data that knows its batch size")
+        together, accumulated = data.examples_per_batch[1], self.trainer.accumulate_grad_batches
+        scale = lr_scale(self.optim, together * accumulated)
+        resumed = self.lr_scale if self.trainer.ckpt_path else None
+        self.lr_scale = scale if resumed is None else resumed
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= self.lr_scale
+        if not self.trainer.is_global_zero:
+            return
+        batch = f"{together * accumulated} examples a step ({together} x {accumulated} accumulated)"
+        if resumed not in (None, scale):
+            log.warning(
+                "the checkpoint's learning rate goes on, scaled by %g; a new run with %s would scale it by %g",
+                resumed,
+                batch,
+                scale,
+            )
+            return
+        scaled = ", ".join(f"{rate:g} x {self.lr_scale:g} = {rate * self.lr_scale:g}" for rate in dict.fromkeys(rates))
+        meant = self.optim["scale_lr_with_batch"]
+        log.info("learning rate %s: for %s, where model.optim.lr is meant for %d", scaled, batch, meant)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is not None:
@@ -303,8 +371,11 @@ class System(pl.LightningModule, ABC):
             "arguments": dict(self.hparams),
         }
         checkpoint["structure"] = self.structure
+        if self.lr_scale is not None:
+            checkpoint["lr_scale"] = self.lr_scale
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.lr_scale = checkpoint.get("lr_scale")
         # The weights are loaded next: a resume from either side of a switch, or a test of the best checkpoint.
         self.restructure(checkpoint.get("structure") or [])
 

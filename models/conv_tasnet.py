@@ -35,6 +35,7 @@ class ConvTasNet(System):
     inputs: ClassVar[dict[str, str]] = {"mixture": "audio"}
     outputs: ClassVar[dict[str, str]] = {"sources": "audio"}
     of_training = ("level_db",)
+    checkpointed_parts = ("network.separator.blocks",)
 
     def __init__(
         self,
@@ -57,12 +58,13 @@ class ConvTasNet(System):
         padding: str = "centered",
         encoder_activation: str = "linear",
         compile: bool | str = False,
+        gradient_checkpointing: bool = False,
         optim: dict[str, Any] | None = None,
     ) -> None:
         if causal and norm == "global":
             raise ValueError("causal: true needs norm: cumulative or per_frame; global looks at the whole recording")
         whole_numbers(sample_rate=sample_rate)
-        super().__init__(optim=optim, compile=compile)
+        super().__init__(optim=optim, compile=compile, gradient_checkpointing=gradient_checkpointing)
         self.sample_rate = sample_rate
         self.level_db = level_db
         self.network = Network(

@@ -75,6 +75,12 @@ class DeepVQE(System):
     inputs: ClassVar[dict[str, str]] = {"mic": "audio", "far": "audio"}
     outputs: ClassVar[dict[str, str]] = {"enhanced": "audio"}
     of_training = ("init_identity",)
+    checkpointed_parts = (
+        "network.mic_encoder",
+        "network.far_encoder",
+        "network.alignment",
+        "network.decoder",
+    )
     chosen_in_evaluation: ClassVar[tuple[str, ...]] = ("scores",)
 
     def __init__(
@@ -96,9 +102,10 @@ class DeepVQE(System):
         loss: dict[str, Any] | None = None,
         scores: list[str] | tuple[str, ...] = (),
         compile: bool | str = False,
+        gradient_checkpointing: bool = False,
         optim: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(optim=optim, compile=compile)
+        super().__init__(optim=optim, compile=compile, gradient_checkpointing=gradient_checkpointing)
         if stft not in PRESETS:
             raise ValueError(f"model.stft={stft}: no such preset; choose from {', '.join(PRESETS)}")
         preset_rate, n_fft, hop_samples = PRESETS[stft]

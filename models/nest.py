@@ -74,7 +74,7 @@ class NEST(System):
         encoder: see `ConformerEncoder`. decoder: see `MultiSoftmaxDecoder`.
         loss: `combine_time_steps`, `mask_threshold`, and `reduce`: `global` is the mean over the masked frames of all
             processes and micro-batches of a step, `local` the mean of their means.
-        compile: see `System`; the encoder's layers.
+        compile: see `System`; the encoder's layers. gradient_checkpointing: these and the sub-sampling.
         optim, optim_param_groups: see models/optim.py.
 
     Raises:
@@ -84,6 +84,7 @@ class NEST(System):
     inputs: ClassVar[dict[str, str]] = {"audio": "audio"}
     outputs: ClassVar[dict[str, str]] = {"features": "array"}
     compiled_parts = ("encoder.layers",)
+    checkpointed_parts = ("encoder.pre_encode", "encoder.layers")
     compiled_shapes_vary = True
     of_training = (
         *(f"masking.{key}" for key in ("block_size", "mask_prob", "allow_overlap", "freeze")),
@@ -115,10 +116,11 @@ class NEST(System):
         decoder: dict[str, Any] | None = None,
         loss: dict[str, Any] | None = None,
         compile: bool | str = False,
+        gradient_checkpointing: bool = False,
         optim: dict[str, Any] | None = None,
         optim_param_groups: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(optim=optim, compile=compile)
+        super().__init__(optim=optim, compile=compile, gradient_checkpointing=gradient_checkpointing)
         if mask_position not in ("pre_conv", "post_conv"):
             raise ValueError(f"mask_position must be pre_conv or post_conv, got {mask_position!r}")
         if not isinstance(nemo_compat, bool):
@@ -334,5 +336,6 @@ class NEST(System):
         scalars = {key: self.hparams[key] for key in ARCHITECTURE if key not in TARGETS}
         sections = {name: {"_target_": target} | self.sections[name] for name, target in TARGETS.items()}
         sections["loss"].pop("reduce")  # ours alone
-        optim = {key: value for key, value in self.optim.items() if value is not None}
+        ours = ("scale_lr_with_batch", "scale_lr_rule")
+        optim = {key: value for key, value in self.optim.items() if value is not None and key not in ours}
         return {**scalars, **sections, "target": NEMO_MODEL, "nemo_version": NEMO_VERSION, "optim": optim}

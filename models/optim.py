@@ -31,8 +31,12 @@ _SCHEDULES = {
     "noam": "noam",
     "NoamAnnealing": "noam",
 }
+ADAM8BIT_REQUIREMENT = "bitsandbytes==0.50.2"
+# Keys of the section that no optimiser takes.
+SECTION_KEYS = ("name", "sched", "scale_lr_with_batch", "scale_lr_rule")
+RULES = {"linear": 1.0, "sqrt": 0.5}  # exponent of the ratio of two batches
 # Keys that belong to some optimisers only: without effect, not wrong, when another one is chosen.
-_FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused"}
+_FAMILY_KEYS = {"betas", "eps", "momentum", "nesterov", "fused", "foreach"}
 # How a step is computed, which depends on where the parameters are.
 _IMPLEMENTATION_KEYS = {"fused", "foreach", "capturable"}
 _SCHED_LIMITS = {
@@ -50,6 +54,7 @@ _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 def check_optim(optim: dict[str, Any]) -> None:
     """Raises ValueError for what `build_optimizer` or `build_schedule` would refuse, before there are parameters."""
     factory, options = _factory_and_options(optim)
+    lr_scale(optim, 1)
     defaults = {name: parameter.default for name, parameter in inspect.signature(factory).parameters.items()}
     for key in (key for key in _NOT_NEGATIVE if key in options and is_number(defaults[key])):
         if not (is_number(options[key]) and options[key] >= 0):
@@ -58,6 +63,11 @@ def check_optim(optim: dict[str, Any]) -> None:
     pair = isinstance(betas, list | tuple) and len(betas) == 2
     if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"model.optim.betas must be two numbers from 0 to below 1, got {betas!r}")
+    for key in ("fused", "foreach"):
+        if not isinstance(optim.get(key), bool | None):
+            raise ValueError(f"model.optim.{key} must be true, false or null, got {optim[key]!r}")
+    if optim.get("fused") and optim.get("foreach"):
+        raise ValueError("model.optim.fused=true beside model.optim.foreach=true: leave one of them out")
     try:  # what only the class itself knows, on a parameter that nobody needs
         factory(
             [nn.Parameter(torch.zeros(1))],
@@ -96,7 +106,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], o
     Raises ValueError for an unknown name and for keys that no optimiser of that name takes, all at once.
     """
     factory, options = _factory_and_options(optim)
-    return factory(parameters, **options)
+    optimizer = factory(parameters, **options)
+    # A fused one would take fp16's scale off the gradients within its step, and nothing could clip them before.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def parameter_groups(
@@ -119,7 +132,7 @@ def parameter_groups(
     for name, values in groups.items():
         if name not in children:
             raise ValueError(f"{key}.{name}: no such part of the model; choose from {', '.join(children)}")
-        if not isinstance(values, dict) or {"name", "sched"} & set(values):
+        if not isinstance(values, dict) or set(SECTION_KEYS) & set(values):
             raise ValueError(f"{key}.{name} must be values for its parameters, such as {{lr: 0.1}}, got {values!r}")
         try:
             check_optim({**optim, **values})
@@ -133,6 +146,25 @@ def parameter_groups(
     return [{"params": list(rest.values())}, *found] if rest else found
 
 
+def lr_scale(optim: dict[str, Any], batch_size: int) -> float:
+    """What rates are multiplied by for *batch_size* examples a step, where `scale_lr_with_batch` says for how many they
+    are meant; 1 where it is null.
+
+    `scale_lr_rule`: `linear` is the ratio of the two, of Goyal et al., "Accurate, large minibatch SGD", 2017,
+    arXiv:1706.02677; `sqrt` its root, which keeps the variance of Adam's steps.
+
+    Raises ValueError for what is no number of examples, and for another rule.
+    """
+    meant, rule = optim.get("scale_lr_with_batch"), optim.get("scale_lr_rule") or "linear"
+    if not isinstance(rule, str) or rule not in RULES:
+        raise ValueError(f"model.optim.scale_lr_rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if meant is None:
+        return 1.0
+    if not isinstance(meant, int) or isinstance(meant, bool) or meant < 1:
+        raise ValueError(f"model.optim.scale_lr_with_batch must be null or a whole number of examples, got {meant!r}")
+    return (batch_size / meant) ** RULES[rule]
+
+
 def is_number(value: Any) -> bool:
     """Whether a value that was typed is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -140,7 +172,7 @@ def is_number(value: Any) -> bool:
 
 def _factory_and_options(optim: dict[str, Any]) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
     factory = _optimizer_class(str(optim.get("name") or "adam"))
-    options = {key: value for key, value in optim.items() if key not in ("name", "sched") and value is not None}
+    options = {key: value for key, value in optim.items() if key not in SECTION_KEYS and value is not None}
     known = set(inspect.signature(factory).parameters) - {"params"}
     unknown = set(options) - known
     if wrong := sorted(unknown - _FAMILY_KEYS):
@@ -157,7 +189,8 @@ def _optimizer_class(name: str) -> Callable[..., Optimizer]:
         try:
             from bitsandbytes.optim import Adam8bit  # type: ignore[import-not-found]
         except ImportError:
-            raise ValueError("model.optim.name=adam8bit needs a package: pip install bitsandbytes") from None
+            line = f"model.optim.name=adam8bit needs a package: pip install {ADAM8BIT_REQUIREMENT}"
+            raise ValueError(line) from None
         return Adam8bit
     if name.lower() == "muon":
         return Muon  # not torch's, which takes matrices only

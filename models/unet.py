@@ -67,6 +67,12 @@ class UNet(System):
     dynamic_axes = (0, -2, -1)
     forward_outputs = ("logits",)
     of_training = ("dropout", "loss", "channels_last")
+    checkpointed_parts = (
+        *(f"network.enc{level}" for level in range(6)),
+        *(f"network.dec{step}" for step in range(5)),
+        "network.refine",
+        *("network.network.encoder", "network.network.decoder"),  # of segmentation_models_pytorch
+    )
 
     calibration: Tensor
 
@@ -85,9 +91,10 @@ class UNet(System):
         channels_last: bool = True,
         loss: dict[str, Any] | None = None,
         compile: bool | str = False,
+        gradient_checkpointing: bool = False,
         optim: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(optim=optim, compile=compile)
+        super().__init__(optim=optim, compile=compile, gradient_checkpointing=gradient_checkpointing)
         choices(normalization=(normalization, _NORMALIZATIONS))
         switches(channels_last=channels_last)
         self.normalization = normalization

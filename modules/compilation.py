@@ -20,16 +20,17 @@ def compile_in_training(modules: Iterable[nn.Module], mode: str, *, dynamic: boo
     *mode*: see MODES. *dynamic*: True, for inputs of any shape at once; None, when a second shape comes.
     """
     torch.compiler.reset()
-    called = list(_called(modules))
+    parts = list(called(modules))
     # Torch counts the variants of all modules of a class together; beyond its limit (8) they run uncompiled. After a
     # switch to low rank no two layers need be alike.
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _VARIANTS_PER_MODULE * len(called))
-    for module in called:
+    config.recompile_limit = max(config.recompile_limit, _VARIANTS_PER_MODULE * len(parts))
+    for module in parts:
         _compile(module, mode, dynamic)
 
 
-def _called(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def called(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Modules, and of a ModuleList, which is never called itself, each of its own."""
     for module in modules:
         yield from module if isinstance(module, nn.ModuleList) else (module,)
 
