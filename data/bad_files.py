@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, default_collate
 
 from data.checks import number, whole_number
 from data.errors import DataError, FileError
+from data.kept import KeptBatches
 from data.manifest import LINE_KEY, path_keys
 from data.sampler import ItemKey, item_key
 
@@ -132,6 +133,7 @@ class ResilientDataset(Dataset):
     def __init__(self, dataset: Dataset, bad_files: BadFiles) -> None:
         self.dataset = dataset
         self.bad_files = bad_files
+        self.kept: KeptBatches | None = None  # batches that a loader need not load again
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.bad_files import BadFiles, ResilientDataset
 from data.checks import whole_number
 from data.errors import DataError
+from data.kept import KeptBatches
 from data.loader import choose_loader_settings, make_loader
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
@@ -41,6 +42,8 @@ _LOADER_KEYS = (
     "pin_memory",
     "persistent_workers",
     "multiprocessing_context",
+    "keep_on_device",
+    "keep_on_device_mb",
 )
 _START = {"epoch": 0, "batch": 0, "items": 0, "together": 0}
 
@@ -62,7 +65,8 @@ class SystemData(pl.LightningDataModule):
         max_bad_files: files that cannot be used and are passed over before the run is stopped.
         max_bad_fraction: the same as a share of all files in the manifests; the larger number counts.
         loader: num_workers, prefetch_factor, pin_memory, persistent_workers, multiprocessing_context, as in
-            `data.loader.choose_loader_settings`.
+            `data.loader.choose_loader_settings`; keep_on_device: batches of stages that are the same in each epoch stay
+            on the training device; keep_on_device_mb: at most that many MiB of each stage.
     """
 
     FOLDER_KEY: ClassVar[str] = "speech_dir"
@@ -98,11 +102,18 @@ class SystemData(pl.LightningDataModule):
         unknown = sorted(set(loader or {}) - set(_LOADER_KEYS))
         if unknown:
             raise ValueError(f"loader.{unknown[0]}: no such key, there are {', '.join(_LOADER_KEYS)}")
-        choose_loader_settings(**(loader or {}))  # bad values are refused here, not when training starts
+        loader = dict(loader or {})
+        self.keep_on_device = loader.pop("keep_on_device", False)
+        if not isinstance(self.keep_on_device, bool):
+            raise ValueError(f"loader.keep_on_device must be true or false, got {self.keep_on_device!r}")
+        self.keep_on_device_mb = whole_number(
+            "loader.keep_on_device_mb", loader.pop("keep_on_device_mb", 1024), least=1
+        )
+        choose_loader_settings(**loader)  # bad values are refused here, not when training starts
         self.folder = folder
         self.batch_sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
         self.seed = whole_number("seed", seed, least=0)
-        self.loader = dict(loader or {})
+        self.loader = loader
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._bad_files = BadFiles(max_files=max_bad_files, max_fraction=max_bad_fraction)
         self._datasets: dict[str, ResilientDataset | None] = {}
@@ -288,6 +299,7 @@ class SystemData(pl.LightningDataModule):
                 f" {sampler.num_replicas} process(es): lower {self.key(stage, 'batch_size')} or add data"
             )
         trainer = self.trainer
+        dataset.kept = self._kept(stage) if trainer is not None and self.keep_on_device else None
         return make_loader(
             dataset,
             sampler=sampler,
@@ -297,6 +309,19 @@ class SystemData(pl.LightningDataModule):
             processes=1 if trainer is None else trainer.num_devices,
             **self.loader_settings(stage),
         )
+
+    def _kept(self, stage: str) -> KeptBatches | None:
+        """Where batches of a stage stay that come again, None where none do."""
+        assert self.trainer is not None
+        overfits = bool(self.trainer.overfit_batches)
+        if stage == "train" and not overfits and self.trainer.is_global_zero:
+            log.info(
+                "data.loader.keep_on_device: not for training, whose order and examples are others in each epoch (but"
+                " with trainer.overfit_batches)"
+            )
+        if stage == "val" or (stage == "train" and overfits):
+            return KeptBatches(stage, self.trainer.strategy.root_device, self.keep_on_device_mb)
+        return None
 
     def _rank_and_world(self) -> tuple[int, int]:
         """This process and the number of processes; without a Trainer there is one."""

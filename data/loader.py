@@ -9,6 +9,8 @@ Decisions that are not obvious
   one and a resumed run, which makes its iterators at other moments, would continue with other random
   numbers.
 * A dataset with a method `receive` is given each batch in the main process, when it is used, and may change it.
+* What a dataset's `kept` holds (data/kept.py) is not loaded again. It stands there and not in the loader, in whose
+  place Lightning puts another one where it overfits.
 * Torch itself limits each worker to one thread (`torch.get_num_threads() == 1` there; a test keeps an eye
   on it).
 """
@@ -154,11 +156,20 @@ def make_loader(
 
 
 class _Loader(DataLoader):
-    """See the head of this file about `receive`."""
+    """See the head of this file about `receive` and `kept`."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        kept = getattr(self.dataset, "kept", None)
+        return self._loaded() if kept is None else kept.all_of_a_pass(self._loaded, len(self))
+
+    def _loaded(self) -> Iterator[Any]:
         batches, receive = super().__iter__(), getattr(self.dataset, "receive", None)
         return batches if receive is None else map(receive, batches)
+
+    @property
+    def _index_sampler(self) -> Any:
+        sampler, kept = super()._index_sampler, getattr(self.dataset, "kept", None)
+        return sampler if kept is None else kept.behind(sampler)
 
 
 def _prepare_worker(folder: str | None, worker: int) -> None:
