@@ -74,6 +74,7 @@ def _ours(side: str, sizes: Sizes, work: Path) -> Callable[[], Any]:
         batch_size=sizes["batch"],
         segment_s=sizes["crop_s"],
         sample_rate=RATE_HZ,
+        cache=False if "nothing kept" in side else "auto",  # in memory, as long as all recordings fit
         loader={"num_workers": 0},
     )
     data.setup("fit")

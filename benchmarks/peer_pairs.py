@@ -34,7 +34,7 @@ _QUICK_DEEPVQE = {
 }
 _LOADER = {"recordings": 12, "recording_s": 10.0, "batch": 8, "crop_s": 4.0}
 _QUICK_LOADER = {"recordings": 4, "recording_s": 1.0, "batch": 2, "crop_s": 0.5}
-_LOADERS = ("naive", "ours", "ours, 16 kHz copies")
+_LOADERS = ("naive", "ours", "ours, nothing kept", "ours, nothing kept, 16 kHz copies")
 PAIRS = {
     "conv_tasnet": Pair(
         ("torchaudio", "asteroid", "ours", "ours, compiled"),

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 from torch.utils.data import Dataset
 
 from data.base import SystemData
+from data.cache import fits
 from data.checks import number, whole_number
 from data.echo_path import EchoPath
 from data.echo_scenarios import SCENARIO_WEIGHTS
 from data.echo_synthesis import EchoDataset, EchoMixing
 from data.errors import DataError
-from data.fixed_echo import FixedEchoDataset, longest_delay_ms
+from data.fixed_echo import ECHO_FILES, FixedEchoDataset, longest_delay_ms
 from data.loudspeaker import Loudspeaker
 from data.manifest import TALKER_KEYS, is_echo, is_mixture
 from data.ranges import Range
@@ -237,6 +238,7 @@ class EchoData(SystemData):
                 rows,
                 segment_s=self.segments_s[stage] if training else None,
                 spectra=None if training else self._spectra(),
+                cache=training and fits(rows, sample_rate=self.sample_rate, files=ECHO_FILES, **self.cache),
                 **common,
             )
         longest_ms = self.path.largest_delay_ms(max(self.segments_s.values()))

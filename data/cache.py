@@ -16,9 +16,19 @@ from data.audio import FULL_SCALE, read_audio
 from data.errors import AudioError
 
 
-def cached_mb(rows: Sequence[Mapping[str, Any]], *, sample_rate: int) -> float:
-    """Megabytes (2**20 bytes) that a cache of all rows takes at `sample_rate` Hz."""
-    return sum(row["duration"] for row in rows) * sample_rate * 2 / 2**20
+def fits(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    sample_rate: int,
+    cache: bool | str,
+    cache_limit_mb: float,
+    files: Sequence[str] = ("audio_filepath",),
+) -> bool:
+    """Whether the recordings of rows are to be kept: *cache* is true, or "auto" and all together take no more than the
+    limit in MiB (2**20 bytes) at `sample_rate` Hz. *files*: the keys that name a row's recordings.
+    """
+    seconds = sum(row["duration"] * sum(file in row for file in files) for row in rows)
+    return bool(cache) if cache != "auto" else seconds * sample_rate * 2 / 2**20 <= cache_limit_mb
 
 
 class RowReader:
@@ -97,7 +107,7 @@ def talk_and_noise(
 
     *cache*: true, false, or "auto": when all of them together take no more than *cache_limit_mb*.
     """
-    if cache == "auto":
-        cache = cached_mb([*rows, *(noise_rows or ())], sample_rate=sample_rate) <= cache_limit_mb
-    talkers = RowReader(rows, sample_rate=sample_rate, cache=bool(cache))
-    return talkers, RowReader(noise_rows, sample_rate=sample_rate, cache=bool(cache)) if noise_rows else None
+    all_rows = [*rows, *(noise_rows or ())]
+    cache = fits(all_rows, sample_rate=sample_rate, cache=cache, cache_limit_mb=cache_limit_mb)
+    talkers = RowReader(rows, sample_rate=sample_rate, cache=cache)
+    return talkers, RowReader(noise_rows, sample_rate=sample_rate, cache=cache) if noise_rows else None

@@ -51,6 +51,6 @@ def collate_echo(items: list[dict[str, Any]]) -> dict[str, Any]:
             longest = max(value.shape[1] for value in values)
             return torch.stack([pad(value, (0, 0, 0, longest - value.shape[1])) for value in values])
         longest = max(value.numel() for value in values)
-        return torch.stack([pad(value, (0, longest - len(value))) if value.ndim else value for value in values])
+        return torch.stack([v if v.numel() == longest else pad(v, (0, longest - len(v))) for v in values])
 
     return {key: batched([item[key] for item in items]) for key in items[0]}

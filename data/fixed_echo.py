@@ -9,7 +9,8 @@ Decisions that are not obvious
   more than 20 ms in length, or in sample rate, did not record the same moment on the same clock and are refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from data.audio import audio_info, common_length, read_audio
+from data.cache import RowReader
 from data.echo_scenarios import SCENARIOS, collate_echo
 from data.sampler import ItemKey, item_key
 from data.stft_cache import SpectrumCache
@@ -57,9 +59,18 @@ def common_samples(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def read_part(
-    row: Mapping[str, Any], rng: np.random.Generator, *, sample_rate: int, num_samples: int | None
+    row: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    sample_rate: int,
+    num_samples: int | None,
+    known: tuple[int, int] | None = None,
+    readers: Mapping[str, Callable[[int, int], Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """A random part of a row, the same of all its files, by their keys; all of it where it is shorter, or for None.
+
+    *known*: what `common_samples` has said of the row, so that no file is opened twice. *readers*: for each key what
+    gives so many samples from a sample on, in place of its file.
 
     Shape:
         Each `(T,)`, T <= num_samples.
@@ -67,15 +78,18 @@ def read_part(
     Raises:
         AudioError: a file cannot be read, or they differ in sample rate or length.
     """
-    rate, num_frames = common_samples(row)
+    rate, num_frames = known or common_samples(row)
     available = max(1, num_frames * sample_rate // rate)
     count = available if num_samples is None else min(num_samples, available)
     start = int(rng.integers(available - count + 1))
-    part: dict[str, Any] = {
-        "offset_s": row.get("offset", 0.0) + start / sample_rate,
-        "duration_s": count / sample_rate,
+    offset_s, duration_s = row.get("offset", 0.0) + start / sample_rate, count / sample_rate
+    signals = {
+        key: readers[key](start, count)
+        if readers
+        else read_audio(row[key], sample_rate=sample_rate, offset_s=offset_s, duration_s=duration_s)
+        for key in ECHO_FILES
+        if key in row
     }
-    signals = {key: read_audio(row[key], sample_rate=sample_rate, **part) for key in ECHO_FILES if key in row}
     shortest = min(map(len, signals.values()))  # an offset between two samples may have cost one at the end
     return {key: signal[:shortest] for key, signal in signals.items()}
 
@@ -92,6 +106,7 @@ class FixedEchoDataset(Dataset):
         segment_s: length of a crop in seconds; None: whole recordings.
         seed: see above.
         spectra: keeps the spectra of whole recordings; None: an item has none.
+        cache: keep what was decoded and resampled, see data/cache.py.
 
     Shape:
         An item is {"mic", "far", "target": float32 `(T,)`, "has_target": bool `()`, "length": int64 `()` samples,
@@ -114,6 +129,7 @@ class FixedEchoDataset(Dataset):
         segment_s: float | None = None,
         seed: int = 0,
         spectra: SpectrumCache | None = None,
+        cache: bool = False,
     ) -> None:
         if spectra is not None and segment_s is not None:
             raise ValueError("spectra are kept of whole recordings, not of crops: segment_s must be None")
@@ -122,6 +138,12 @@ class FixedEchoDataset(Dataset):
         self.sample_rate = sample_rate
         self.num_samples = None if segment_s is None else round(segment_s * sample_rate)
         self.seed = seed
+        self._samples: dict[int, tuple[int, int]] = {}  # of rows that were read before
+        self._readers = {}
+        if cache:  # a row without one of the files never asks for it
+            for key in ECHO_FILES:
+                files = [{**row, "audio_filepath": row.get(key, row["mic_filepath"])} for row in rows]
+                self._readers[key] = RowReader(files, sample_rate=sample_rate, cache=True)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,13 +152,23 @@ class FixedEchoDataset(Dataset):
         index, epoch = item_key(key, len(self))
         row = self.rows[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        signals = read_part(row, rng, sample_rate=self.sample_rate, num_samples=self.num_samples)
+        if index not in self._samples:
+            self._samples[index] = common_samples(row)
+        signals = read_part(
+            row,
+            rng,
+            sample_rate=self.sample_rate,
+            num_samples=self.num_samples,
+            known=self._samples[index],
+            readers={key: partial(_from, reader, index) for key, reader in self._readers.items()},
+        )
         length = len(signals["mic_filepath"])
         if "clean_filepath" in signals:
             signals["clean_filepath"] = signals["clean_filepath"] * row.get("clean_scale", 1.0)
         missing = 0 if self.num_samples is None else self.num_samples - length
-        silence = torch.zeros(length)
-        mic, far, target = (pad(signals.get(file, silence), (0, missing)) for file in ECHO_FILES)
+        silence = torch.zeros(length + missing)
+        signals = {key: pad(signal, (0, missing)) for key, signal in signals.items()} if missing else signals
+        mic, far, target = (signals.get(file, silence) for file in ECHO_FILES)
         scenario = row["scenario"]
         delay = row["delay_ms"] * self.sample_rate / 1000 if _has_echo(row) and "delay_ms" in row else _UNKNOWN
         ser_db, snr_db = _RATIOS_DB[scenario]
@@ -155,6 +187,10 @@ class FixedEchoDataset(Dataset):
             "snr_db": torch.tensor(snr_db),
             "name": row.get("id") or Path(row["mic_filepath"]).stem,
         }
+
+
+def _from(reader: RowReader, row: int, start: int, count: int) -> Tensor:
+    return reader.read(row, start=start, count=count)
 
 
 def _has_echo(row: Mapping[str, Any]) -> bool:

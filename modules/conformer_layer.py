@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.cpu_layers import Linear, PointwiseConv1d
 from modules.relative_attention import RelPositionMultiHeadAttention
 
 
@@ -23,9 +24,9 @@ class ConformerFeedForward(nn.Module):
 
     def __init__(self, *, d_model: int, d_ff: int, dropout: float = 0.0, use_bias: bool = True) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(d_model, d_ff, bias=use_bias)
+        self.linear1 = Linear(d_model, d_ff, bias=use_bias)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(d_ff, d_model, bias=use_bias)
+        self.linear2 = Linear(d_ff, d_model, bias=use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(F.silu(self.linear1(x))))
@@ -98,10 +99,10 @@ class ConformerConvolution(nn.Module):
         left, right = context
         both = min(left, right)  # the convolution adds these zeros itself, without a copy
         self.further = (left - both, right - both)
-        self.pointwise_conv1 = nn.Conv1d(d_model, 2 * d_model, 1, bias=use_bias)
+        self.pointwise_conv1 = PointwiseConv1d(d_model, 2 * d_model, bias=use_bias)
         self.depthwise_conv = nn.Conv1d(d_model, d_model, kernel_size, padding=both, groups=d_model, bias=use_bias)
         self.batch_norm = make_conv_norm(norm_type, d_model)  # whatever its kind, weights have NeMo's names
-        self.pointwise_conv2 = nn.Conv1d(d_model, d_model, 1, bias=use_bias)
+        self.pointwise_conv2 = PointwiseConv1d(d_model, d_model, bias=use_bias)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         x = F.glu(self.pointwise_conv1(x.transpose(1, 2)), 1).masked_fill(padding[:, None], 0)  # (B, D, T)

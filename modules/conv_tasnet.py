@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
-from modules.cpu_layers import DepthwiseConv1d, PReLU, two_pointwise
+from modules.cpu_layers import DepthwiseConv1d, PointwiseConv1d, PReLU, two_pointwise
 from modules.norms import NORMS, make_norm
 
 
@@ -178,7 +178,7 @@ class Separator(nn.Module):
         self.num_sources = num_sources
         self.mask = mask
         self.input_norm = make_norm(norm, num_filters)
-        self.bottleneck = nn.Conv1d(num_filters, bottleneck_channels, 1)
+        self.bottleneck = PointwiseConv1d(num_filters, bottleneck_channels)
         last = num_blocks * num_repeats - 1
         self.blocks = nn.ModuleList(
             ConvBlock(
@@ -194,7 +194,7 @@ class Separator(nn.Module):
             for index in range(last + 1)
         )
         self.mask_prelu = PReLU()
-        self.mask_conv = nn.Conv1d(skip_channels or bottleneck_channels, num_sources * num_filters, 1)
+        self.mask_conv = PointwiseConv1d(skip_channels or bottleneck_channels, num_sources * num_filters)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.bottleneck(self.input_norm(features))  # (B, bottleneck, K)
@@ -229,14 +229,14 @@ class ConvBlock(nn.Module):
         has_residual: bool,
     ) -> None:
         super().__init__()
-        self.expand = nn.Conv1d(bottleneck_channels, hidden_channels, 1)
+        self.expand = PointwiseConv1d(bottleneck_channels, hidden_channels)
         self.expand_prelu = PReLU()
         self.expand_norm = make_norm(norm, hidden_channels)
         self.depthwise = DepthwiseConv1d(hidden_channels, kernel_size=kernel_size, dilation=dilation, causal=causal)
         self.depthwise_prelu = PReLU()
         self.depthwise_norm = make_norm(norm, hidden_channels)
-        self.residual = nn.Conv1d(hidden_channels, bottleneck_channels, 1) if has_residual else None
-        self.skip = None if skip_channels is None else nn.Conv1d(hidden_channels, skip_channels, 1)
+        self.residual = PointwiseConv1d(hidden_channels, bottleneck_channels) if has_residual else None
+        self.skip = None if skip_channels is None else PointwiseConv1d(hidden_channels, skip_channels)
 
     def forward(self, x: Tensor, skip_sum: Tensor | None) -> tuple[Tensor, Tensor | None]:
         hidden = self.expand_norm(self.expand_prelu(self.expand(x)))  # (B, hidden, K)

@@ -6,6 +6,9 @@
   product does (3 times as fast).
 * `two_pointwise`: two convolutions over the same input are one with the filters of both, whose backward pass writes the
   gradient of that input once instead of twice and a sum.
+* `PointwiseConv1d`, `Linear`: products of large matrices, for which torch asks MKL (of convolutions, where one thread
+  computes). On CPUs for which MKL was not made oneDNN is about twice as fast, and torch hands it every convolution that
+  is dilated, as one of kernel size 1 can be without a change.
 
 They save only while training on a CPU. Everywhere else (GPU, evaluation, export, compilation) the stock
 operation runs, so that graphs stay plain.
@@ -17,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_LARGE = 2**23  # multiply-adds
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def depthwise_by_phase(
@@ -98,15 +104,57 @@ class PReLU(nn.PReLU):
         return super().forward(input)
 
 
+def pointwise(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution of kernel size 1 that is part of a *layer*.
+
+    Shape: x (B, inputs, …), weight (outputs, inputs, 1, …), bias (outputs,) -> (B, outputs, …).
+    """
+    dilation = 2 if _is_large(layer, x, weight) else 1
+    return _CONVOLUTIONS[x.ndim](x, weight, bias, dilation=dilation)
+
+
+def linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias, part of a *layer*. Shape: x (…, inputs), weight (outputs, inputs) -> (…, outputs)."""
+    if not _is_large(layer, x, weight):
+        return F.linear(x, weight, bias)
+    # Rows as pixels of an image whose channels stand last in memory: no number is copied.
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, inputs, N, 1)
+    y = F.conv2d(rows, weight[:, :, None, None], bias, dilation=2)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """A convolution of kernel size 1; parameters as in nn.Conv1d. Shape: (B, inputs, K) -> (B, outputs, K)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return pointwise(self, input, self.weight, self.bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by `linear`. Shape: (…, inputs) -> (…, outputs)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(self, input, self.weight, self.bias)
+
+
 def two_pointwise(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
     """What two convolutions of kernel size 1 make of x. Shape: (B, C, K) -> (B, channels of first, K) and of second."""
     # A layer that was replaced, such as by one of low rank, has no such filters.
-    if not (type(first) is nn.Conv1d and type(second) is nn.Conv1d and _trains_on_cpu(first, x)):
+    if not (type(first) is PointwiseConv1d and type(second) is PointwiseConv1d and _trains_on_cpu(first, x)):
         return first(x), second(x)
     if first.bias is None or second.bias is None:
         return first(x), second(x)
-    y = F.conv1d(x, torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias]))
+    y = pointwise(first, x, torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias]))
     return y[:, : first.out_channels], y[:, first.out_channels :]
+
+
+def _is_large(layer: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is one for oneDNN: setting up its kernels takes longer than a small one."""
+    plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and _trains_on_cpu(layer, x) and x.numel() * weight.shape[0] >= _LARGE
 
 
 def _trains_on_cpu(module: nn.Module, x: Tensor) -> bool:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from modules.alignment import SoftAlignment
 from modules.autocast import without_autocast
 from modules.complex_mask import IDENTITY_CHANNEL, NUM_MASK_CHANNELS, complex_convolving_mask
+from modules.cpu_layers import Linear
 
 SUBPIXELS = ("interleave", "concat")
 RESIDUALS = ("all", "inner_decoder")
@@ -106,7 +107,7 @@ class Bottleneck(nn.Module):
     def __init__(self, num_features: int, hidden_size: int) -> None:
         super().__init__()
         self.gru = nn.GRU(num_features, hidden_size, batch_first=True)
-        self.linear = nn.Linear(hidden_size, num_features)
+        self.linear = Linear(hidden_size, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.transpose(1, 2).flatten(2)  # (B, T, C * F)

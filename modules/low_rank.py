@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from modules.cpu_layers import Linear, PointwiseConv1d, linear, pointwise
 from modules.spectrum import in_float64
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_AS_STOCK = (Linear, PointwiseConv1d)  # of modules/cpu_layers.py: their forward gives what the stock one does
 
 
 class LowRankLayer(nn.Module):
@@ -75,7 +77,7 @@ class LowRankLinear(LowRankLayer):
     """x -> x vᵀ uᵀ + bias. Shape: (…, inputs) -> (…, outputs)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.v), self.u, self.bias)
+        return linear(self, linear(self, x, self.v), self.u, self.bias)
 
 
 class LowRankConv(LowRankLayer):
@@ -93,8 +95,11 @@ class LowRankConv(LowRankLayer):
             x = F.pad(x, dense._reversed_padding_repeated_twice, mode=dense.padding_mode)
             padding = 0
         kernel = self.v.view(self.rank, *self.weight_shape()[1:])
-        x = convolve(x, kernel, None, dense.stride, padding, dense.dilation)  # (N, rank, …)
-        return convolve(x, self.u.view(*self.u.shape, *([1] * (kernel.ndim - 2))), self.bias)
+        if isinstance(dense, PointwiseConv1d):
+            x = pointwise(self, x, kernel)
+        else:
+            x = convolve(x, kernel, None, dense.stride, padding, dense.dilation)  # (N, rank, …)
+        return pointwise(self, x, self.u.view(*self.u.shape, *([1] * (kernel.ndim - 2))), self.bias)
 
 
 class Decomposition(NamedTuple):
@@ -203,7 +208,7 @@ def _without_form(layer: nn.Module) -> str | None:
         return "its weight is computed from others"
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups > 1:
         return f"convolution in {layer.groups} groups"
-    if _base(layer) is not type(layer) and not hasattr(layer, "front_padding"):
+    if type(layer) not in (_base(layer), *_AS_STOCK) and not hasattr(layer, "front_padding"):
         return f"{type(layer).__name__} has a forward of its own"
     if layer.weight.shape[0] == 1 or layer.weight.shape[1] == 1:
         return "one input or output channel"

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.autocast import without_autocast
+from modules.cpu_layers import Linear
 from modules.subsampling import padding_mask
 
 STYLES = ("regular", "chunked_limited")
@@ -151,11 +152,11 @@ class RelPositionMultiHeadAttention(nn.Module):
             raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
         self.n_heads = n_heads
         self.dropout = dropout
-        self.linear_q = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_k = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_v = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_out = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_pos = nn.Linear(d_model, d_model, bias=False)
+        self.linear_q = Linear(d_model, d_model, bias=use_bias)
+        self.linear_k = Linear(d_model, d_model, bias=use_bias)
+        self.linear_v = Linear(d_model, d_model, bias=use_bias)
+        self.linear_out = Linear(d_model, d_model, bias=use_bias)
+        self.linear_pos = Linear(d_model, d_model, bias=False)
         self.pos_bias_u, self.pos_bias_v = pos_bias or make_pos_bias(d_model, n_heads)
 
     def forward(self, x: Tensor, positions: Tensor, hidden: Tensor, padding: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.checks import switches, whole_numbers
+from modules.cpu_layers import PointwiseConv1d
 
 
 class MultiSoftmaxDecoder(nn.Module):
@@ -39,7 +40,7 @@ class MultiSoftmaxDecoder(nn.Module):
         switches(squeeze_single=squeeze_single, use_bias=use_bias)
         self.num_classes = num_classes
         self.squeeze = squeeze_single and num_decoders == 1
-        projection = nn.Conv1d(feat_in, num_classes * num_decoders, 1, bias=use_bias)
+        projection = PointwiseConv1d(feat_in, num_classes * num_decoders, bias=use_bias)
         nn.init.xavier_uniform_(projection.weight)
         self.decoder_layers = nn.Sequential(projection)
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.cpu_layers import Linear
+
 Count = TypeVar("Count", int, Tensor)
 
 
@@ -72,7 +74,7 @@ class DwStridingSubsampling(nn.Module):
                 nn.ReLU(inplace=True),
             ]
             num_bins = self._halve(num_bins)
-        self.out = nn.Linear(conv_channels * num_bins, feat_out)
+        self.out = Linear(conv_channels * num_bins, feat_out)
         self.conv = nn.Sequential(*layers)
 
     def _halve(self, count: Count) -> Count:
@@ -88,7 +90,7 @@ class DwStridingSubsampling(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2)), length  # channels first, bins fastest
 
 
-class LinearProjection(nn.Linear):
+class LinearProjection(Linear):
     """What stands in the place of sub-sampling where its factor is 1. Shape: (B, T, F), (B,) -> (B, T, D), (B,)."""
 
     def forward(self, input: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]

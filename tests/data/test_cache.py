@@ -5,7 +5,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from data.cache import RowReader, cached_mb
+from data.cache import RowReader, fits
 from data.errors import AudioError
 
 
@@ -59,5 +59,11 @@ def test_a_manifest_that_promises_too_much(ramp, cache):
         reader.read(0, start=80 * 8000, count=100)
 
 
-def test_size():
-    assert cached_mb([{"duration": 2**20}], sample_rate=8000) == 16000
+def test_what_fits():
+    """Two bytes a sample, of each file that a row has."""
+    rows = [{"duration": 2**19, "a": "1.wav", "b": "2.wav"}, {"duration": 2**19, "a": "3.wav"}]
+    limits = {"sample_rate": 8000, "files": ("a", "b")}
+    assert fits(rows, cache="auto", cache_limit_mb=24000, **limits)
+    assert not fits(rows, cache="auto", cache_limit_mb=23999, **limits)
+    assert fits(rows, cache=True, cache_limit_mb=0, **limits)
+    assert not fits(rows, cache=False, cache_limit_mb=1e9, **limits)

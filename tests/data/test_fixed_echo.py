@@ -9,6 +9,7 @@ import soundfile as sf
 import torch
 from torch.utils.data import Dataset
 
+from data.aec import EchoData
 from data.bad_files import BadFiles, ResilientDataset
 from data.base import SystemData
 from data.echo_scenarios import SCENARIOS
@@ -208,3 +209,41 @@ def test_it_serves_a_data_module(tmp_path: Path) -> None:
     data.setup("test")
     (batch,) = data.test_dataloader()
     assert batch["scenario"].tolist() == [0, 1, 2] and batch["has_target"].tolist() == [True] * 3
+
+
+@pytest.mark.parametrize("rate", [RATE, 48000])
+def test_kept_recordings_give_the_same_crops(rate: int, tmp_path: Path) -> None:
+    """Bit for bit at their own rate, else rounded to 16 bits; and no file is opened again."""
+    rows = make_rows(tmp_path, {}, {"clean_filepath": None, "scenario": "far_end"}, {"offset": 0.1, "duration": 0.3})
+    for row in rows:
+        for key in set(FILES.values()) & row.keys():
+            samples, _ = sf.read(row[key])
+            sf.write(row[key], np.repeat(samples, rate // RATE), rate)
+    crops = {"sample_rate": RATE, "segment_s": 0.25}
+    plain, kept = FixedEchoDataset(rows, **crops), FixedEchoDataset(rows, **crops, cache=True)
+    for key in [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2)]:
+        expected, item = plain[key], kept[key]
+        for name in FILES:
+            torch.testing.assert_close(item[name], expected[name], atol=0 if rate == RATE else 2**-15, rtol=0)
+        assert torch.equal(item["length"], expected["length"]) and item["has_target"] == expected["has_target"]
+    for file in tmp_path.glob("*.wav"):
+        file.unlink()
+    assert torch.equal(kept[0, 1]["mic"], kept[0, 1]["mic"])
+    with pytest.raises(AudioError):
+        plain[0, 1]
+
+
+def test_recordings_are_kept_when_they_fit(tmp_path: Path) -> None:
+    """In training alone: validation reads each once per pass, whole."""
+    make_rows(tmp_path, {}, {}, seconds=1.0)
+    manifest = str(tmp_path / "a.jsonl")
+    for given, kept in (
+        ({}, True),
+        ({"cache": False}, False),
+        ({"cache_limit_mb": 0.1}, False),
+        ({"cache": True}, True),
+    ):
+        data = EchoData(train_manifest=manifest, val_manifest=manifest, segment_s=0.5, sample_rate=RATE, **given)
+        train, val = data.dataset("train"), data.dataset("val")
+        assert isinstance(train, FixedEchoDataset) and isinstance(val, FixedEchoDataset)
+        assert (bool(train._readers), bool(val._readers)) == (kept, False)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.cpu_layers import DepthwiseConv1d, PReLU, two_pointwise
+from modules import cpu_layers
+from modules.cpu_layers import DepthwiseConv1d, Linear, PointwiseConv1d, PReLU, linear, pointwise, two_pointwise
 
 
 def assert_same(fast: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
@@ -82,7 +83,7 @@ class Two(nn.Module):
 
     def __init__(self, *, joined: bool, bias: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv1d(6, channels, 1, bias=bias) for channels in (4, 3))
+        self.layers = nn.ModuleList(PointwiseConv1d(6, channels, bias=bias) for channels in (4, 3))
         self.joined = joined
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +99,61 @@ def test_two_convolutions_over_one_input(bias: bool) -> None:
 
 def test_a_replaced_convolution_is_asked_itself() -> None:
     """Nothing is known of what stands in a convolution's place."""
-    first, other = nn.Conv1d(6, 4, 1).train(), nn.Sequential(nn.Conv1d(6, 3, 1), nn.Tanh()).train()
+    first, other = PointwiseConv1d(6, 4).train(), nn.Sequential(nn.Conv1d(6, 3, 1), nn.Tanh()).train()
     x = torch.randn(2, 6, 50)
     torch.testing.assert_close(two_pointwise(x, first, other)[1], other(x), atol=0, rtol=0)
+
+
+LARGE = [
+    (lambda bias: Linear(128, 512, bias=bias), (3, 50, 128)),
+    (lambda bias: Linear(128, 512, bias=bias), (150, 128)),
+    (lambda bias: PointwiseConv1d(128, 512, bias=bias), (2, 128, 80)),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("make", "shape"), LARGE)
+def test_products_of_large_matrices(make, shape, bias, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By oneDNN in training; small ones, and those of evaluation, by what torch takes, to the last digit of float32."""
+    torch.manual_seed(0)
+    layer, results, dilations = make(bias).train(), [], []
+    stock = F.conv1d, F.conv2d
+
+    def noted(function):
+        def call(*args, **kwargs):
+            dilations.append(kwargs.get("dilation", 1))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setitem(cpu_layers._CONVOLUTIONS, 3, noted(stock[0]))
+    monkeypatch.setattr(cpu_layers.F, "conv2d", noted(stock[1]))
+    x = torch.randn(shape)
+    weights = torch.randn_like(layer(x))
+    for least in (2**22, 2**62):
+        monkeypatch.setattr(cpu_layers, "_LARGE", least)
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        output = layer(own)
+        (output * weights).sum().backward()
+        results.append((output, own.grad, *(parameter.grad.clone() for parameter in layer.parameters())))
+    assert 2 in dilations, "oneDNN has computed the first"
+    for large, plain in zip(*results, strict=True):
+        torch.testing.assert_close(large, plain, atol=2e-4 * float(plain.abs().max()), rtol=0)
+    dilations.clear()
+    monkeypatch.setattr(cpu_layers, "_LARGE", 1)
+    layer.eval()(x)
+    layer.train().double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.float()(x)
+    assert 2 not in dilations
+    assert layer(x).is_contiguous()
+
+
+def test_products_of_images() -> None:
+    """As a layer of low rank that takes a convolution's place has them."""
+    layer = nn.Identity().train()
+    x, weight = torch.randn(2, 64, 40, 50), torch.randn(128, 64, 1, 1)
+    torch.testing.assert_close(pointwise(layer, x, weight), F.conv2d(x, weight), atol=1e-4, rtol=1e-5)
+    rows = torch.randn(0, 5, 64)
+    assert linear(layer, rows, weight[:, :, 0, 0]).shape == (0, 5, 128)
