@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.resume import ExactResume
@@ -210,7 +211,12 @@ def test_metrics_table_of_a_run_killed_before_its_first_checkpoint(tmp_path: Pat
     assert [line.split(",")[1] for line in (tmp_path / "metrics.csv").read_text().split()[1:]] == ["2", "5"]
 
 
-def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path: Path, tiny: Any) -> None:
+def test_tensorboard_forgets_what_came_after_the_checkpoint(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read in the order of this number, as text: not from 9 to 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
     def run(*callbacks: pl.Callback, checkpoint: Path | None = None, **options: Any) -> None:
         logger = TensorBoardLogger(tmp_path, name="", version="")
         trainer = tiny.make_trainer(tmp_path, [ExactResume(), *callbacks], logger=logger, **options)
