@@ -173,14 +173,7 @@ class Bench:
     def run(self, row: Row) -> Measured | str:
         self._count += 1
         typed = [*base(self.system, self.data, row, self.options.steps), *row.overrides]
-        typed += [f"exp_manager.exp_dir={self.folder}", f"exp_manager.name=run{self._count}", "exp_manager.version=x"]
-        command = [sys.executable, str(ROOT / "train.py"), *self.options.overrides, *typed]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        run = self.folder / f"run{self._count}" / "x"
-        with (run / "metrics.csv").open() as file:
-            return measured(list(csv.DictReader(file)), json.loads((run / "summary.json").read_text()))
+        return train([*self.options.overrides, *typed], self.folder / f"run{self._count}")
 
     def interval(self, row: Row, found: dict[str, list[Measured]]) -> dict[str, Any]:
         """A row that is computed: an epoch takes its steps and its validation, or a fifth of one."""
@@ -197,6 +190,18 @@ class Bench:
             f"computed: {steps} steps of {plain[0].step_s:.3f} s, {batches} batches of {plain[0].validation_s:.3f} s"
         )
         return result | {"to_recipe": _spread(ratios), "computed": about}
+
+
+def train(overrides: Sequence[str], folder: Path) -> Measured | str:
+    """A run in *folder*, in a process of its own; or the line with which it failed."""
+    where = [f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}", "exp_manager.version=x"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, *where]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+    run = folder / "x"
+    with (run / "metrics.csv").open() as file:
+        return measured(list(csv.DictReader(file)), json.loads((run / "summary.json").read_text()))
 
 
 def measured(lines: Sequence[Mapping[str, str]], summary: Mapping[str, Any]) -> Measured:
