@@ -24,6 +24,7 @@ from callbacks.resume_override import ResumeOverride
 from data.base import SystemData
 from data.checks import whole_number
 from launch import (
+    batch_size,
     checkpoint,
     environment,
     exp_manager,
@@ -55,8 +56,14 @@ _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 def attempts(cfg: DictConfig) -> Iterator["Run"]:
-    """The run; a second one where memory was too small for its batch, and so on."""
-    return micro_batch.attempts(lambda: Run(cfg))
+    """The run, with the batch size that is to be found; a second one where memory was too small for it, and so on."""
+
+    def make() -> Run:
+        run = Run(cfg)
+        run.find_batch_size()
+        return run
+
+    return micro_batch.attempts(make)
 
 
 class Run:
@@ -90,7 +97,9 @@ class Run:
             log.info("there is no data to validate on: no validation, train_loss decides what is best")
         self._forced: dict[str, Any] = {}  # optimiser values that a resumed run does not take from its checkpoint
         content = read_checkpoint(self.resume) if self.resume is not None else {}
-        self._decision = micro_batch.decided(self.directory, content.get("plan"))
+        plan = micro_batch.plan_of(self.directory, content.get("plan"))
+        self._found: dict[str, Any] | None = plan.get(batch_size.NAME)
+        self._decision: micro_batch.Decision = plan.get(micro_batch.NAME) or {}
         if not micro_batch.follow(self._decision, config):
             self._decision = {}
         self.again = False  # after `fit`: it is to be done once more, by another Run
@@ -125,6 +134,7 @@ class Run:
         problems += refused_strategies(
             self.trainer_section, {name: blueprint.cls for name, blueprint in self._callbacks.items()}
         )
+        problems += batch_size.problems(config["find_batch_size"], self.trainer_section)
         problems += disagreements(model, config["data"])
         problems += exp_manager.problems(config, self._system.cls)
         if problems:
@@ -144,6 +154,33 @@ class Run:
             saved = (read_checkpoint(self.resume).get("config") or {}).get("model") or {}
             take_architecture(cfg, saved, str(self.resume), typed)
         self.config = plain(cfg, typed)
+
+    def find_batch_size(self) -> None:
+        """Measure the batch size, where that is asked for, and go on with it. A resumed run has decided already."""
+        wanted = batch_size.settings(self.config["find_batch_size"])
+        if not wanted.enabled or self._found is not None:
+            return
+        if self.resume is not None or self.config["dry_run"]:
+            log.info("find_batch_size: not measured in a %s", "dry run" if self.resume is None else "resumed run")
+            return
+        if rank() == 0:
+            pl.seed_everything(self.config["seed"], workers=True, verbose=False)
+            system, data = self._system.build(), self._data.build()
+            with batch_size.unsaid():  # it is all said again where the run is built
+                section = self._with_callbacks(system)[0]
+            trials = batch_size.measure(system, data, section, wanted)
+            decision, self._found = batch_size.decide(trials, self.config, data.batch_size_key("train"))
+            micro_batch.write(self.directory, {micro_batch.NAME: decision, batch_size.NAME: self._found})
+            del system, data
+            micro_batch.free_memory()
+        else:
+            plan = batch_size.wait_for_plan(self.directory)
+            decision, self._found = plan[micro_batch.NAME], plan[batch_size.NAME]
+        if micro_batch.follow(decision, self.config):
+            self._decision = decision
+            section = {key.removeprefix("trainer."): new["is"] for key, new in decision.items()}
+            self.trainer_section |= {k: v for k, v in section.items() if k in self.trainer_section}
+            self._data = Blueprint("data", self.config["data"], SystemData, self.config["packages"])
 
     def data(self) -> SystemData:
         """The data module; all manifests are read now, since a mistake in them would show when the run has begun."""
@@ -170,7 +207,8 @@ class Run:
                 log.info("%s is not read again: the run is resumed", source)
         return system
 
-    def trainer(self, system: System) -> pl.Trainer:
+    def _with_callbacks(self, system: System) -> tuple[dict[str, Any], dict[str, pl.Callback], list[Logger]]:
+        """The Trainer's arguments, as the callbacks ask for them, callbacks and loggers."""
         callbacks = {name: blueprint.build() for name, blueprint in self._callbacks.items()}
         loggers = [blueprint.build() for blueprint in self._loggers.values()]
         if not loggers:  # Lightning's monitor of the learning rate refuses to run without one
@@ -183,10 +221,15 @@ class Run:
             own = SpawnedProcess(section=self.trainer_section, cpu_threads=self.config["cpu_threads"])
             callbacks = {"spawned": own, **callbacks}
         for callback in callbacks.values():
-            if isinstance(callback, Plan) and self._decision:
-                callback.given = {micro_batch.NAME: self._decision}
+            if isinstance(callback, Plan):
+                given = {micro_batch.NAME: self._decision, batch_size.NAME: self._found}
+                callback.given = {name: value for name, value in given.items() if value}
         section = merge_trainer_kwargs(self.trainer_section, callbacks, system, self.overrides)
         share_cores(section, self.config["cpu_threads"])
+        return section, callbacks, loggers
+
+    def trainer(self, system: System) -> pl.Trainer:
+        section, callbacks, loggers = self._with_callbacks(system)
         keep_freed_memory(section)
         section["profiler"] = profiler(section.get("profiler"), self.directory)
         record = environment.record(self.config, self.overrides)

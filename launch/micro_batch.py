@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 NAME = "micro_batch"
 _AGAIN = "RUN_GOES_ON"  # tells the processes of a second attempt that they are
-_PER_BATCH = ("trainer.val_check_interval", "trainer.limit_train_batches")  # are batches where they are whole numbers
+PER_BATCH = ("trainer.val_check_interval", "trainer.limit_train_batches")  # are batches where they are whole numbers
 
 Decision = dict[str, dict[str, Any]]  # key -> {"was": as configured, "is": value that is used}
 Again = TypeVar("Again")
@@ -63,18 +63,22 @@ def free_memory() -> None:
 
 
 def decided(directory: Path, saved: dict[str, Any] | None) -> Decision:
-    """What was decided for a run: by plan.json in its directory, else by the plan *saved* in its checkpoint."""
-    plan = {**(saved or {}), **_plan(directory)}
-    return plan.get(NAME) or {}
+    """What was decided for the batch of a run."""
+    return plan_of(directory, saved).get(NAME) or {}
+
+
+def plan_of(directory: Path, saved: dict[str, Any] | None) -> dict[str, Any]:
+    """All that was decided for a run: by plan.json in its directory, else by the plan *saved* in its checkpoint."""
+    return {**(saved or {}), **_plan(directory)}
 
 
 def follow(decision: Decision, config: dict[str, Any]) -> bool:
     """Put the decided values into a configuration; False, and nothing is changed, where it was another one."""
-    if not decision or any(_get(config, key) != values["was"] for key, values in decision.items()):
+    if not decision or any(value_of(config, key) != values["was"] for key, values in decision.items()):
         return False
     for key, values in decision.items():
         _set(config, key, values["is"])
-    log.info("as decided when memory was too small: %s", _shown(decision))
+    log.info("as decided on this run's machine: %s", shown(decision))
     return True
 
 
@@ -93,7 +97,7 @@ def to_start_again(
         if new is None:
             log.warning("the batch is a single example already")
             return False
-        _write(directory, new)
+        write(directory, {NAME: new})
         if ranks.started_by_lightning():
             raise SystemExit(1) from error
     elif ranks.num_children() and ranks.is_consequence(error) and ranks.failure(wait_s=5) is not None:
@@ -102,7 +106,7 @@ def to_start_again(
         return False
     if new in ({}, decision):
         return False
-    log.warning("going on with %s", _shown(new))
+    log.warning("going on with %s", shown(new))
     if trainer.world_size != 1 + ranks.num_children():
         return False
     ranks.kill()
@@ -119,19 +123,20 @@ def _halved(stage: str, data: SystemData, config: dict[str, Any], decision: Deci
     half, parts = divided(size)
     values: dict[str, Any] = {data.batch_size_key(stage): half if stage == "train" else size // 2}
     if stage == "train":
-        values["trainer.accumulate_grad_batches"] = _get(config, "trainer.accumulate_grad_batches") * parts
-        counted = {key: _get(config, key) for key in _PER_BATCH}
+        values["trainer.accumulate_grad_batches"] = value_of(config, "trainer.accumulate_grad_batches") * parts
+        counted = {key: value_of(config, key) for key in PER_BATCH}
         values |= {key: value * parts for key, value in counted.items() if type(value) is int}
     was = {key: entry["was"] for key, entry in decision.items()}
-    new = {key: {"was": was.get(key, _get(config, key)), "is": value} for key, value in values.items()}
+    new = {key: {"was": was.get(key, value_of(config, key)), "is": value} for key, value in values.items()}
     return {**decision, **new}
 
 
-def _write(directory: Path, decision: Decision) -> None:
+def write(directory: Path, decisions: dict[str, Any]) -> None:
+    """Add decisions to plan.json."""
     path = directory / "plan.json"
     beside = path.with_name(f"plan.json.{os.getpid()}.tmp")  # several processes may have run out
     try:
-        beside.write_text(json.dumps({**_plan(directory), NAME: decision}, indent=2, sort_keys=True) + "\n")
+        beside.write_text(json.dumps({**_plan(directory), **decisions}, indent=2, sort_keys=True) + "\n")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -148,7 +153,8 @@ def _plan(directory: Path) -> dict[str, Any]:
     return {}
 
 
-def _get(config: dict[str, Any], key: str) -> Any:
+def value_of(config: dict[str, Any], key: str) -> Any:
+    """Of a configuration, by dotted key; None where there is none."""
     node: Any = config
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
@@ -165,5 +171,6 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
         node[name] = value
 
 
-def _shown(decision: Decision) -> str:
+def shown(decision: Decision) -> str:
+    """As it would be typed."""
     return " ".join(f"{key}={values['is']}" for key, values in decision.items())

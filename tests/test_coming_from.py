@@ -35,7 +35,9 @@ OLD = {
         OPTIMIZER.WEIGHT_DECAY OPTIMIZER.BETAS OPTIMIZER.EPS PREDICT.BATCH_SIZE PREDICT.AUTO_BATCH_SIZE
         PREDICT.MAX_BATCH_SIZE PREDICT.MIN_BATCH_SIZE PREDICT.MEMORY_THRESHOLD PREDICT.USE_MIXED_PRECISION
         PREDICT.NON_BLOCKING""",
-    "The low-rank and DBC guide": "conservative balanced aggressive scheme_1 scheme_2 scheme_3 scheme_4",
+    "The low-rank and DBC guide": """
+        conservative balanced aggressive scheme_1 scheme_2 scheme_3 scheme_4 checkpointing finder scale_lr_with_batch
+        preloaded""",
     "NeMo": "init_from_nemo_model init_from_ptl_ckpt init_from_pretrained_model",
     "Other frameworks": "asteroid SpeechBrain segmentation_models_pytorch lightning-hydra-template",
 }
