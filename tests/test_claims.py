@@ -13,11 +13,11 @@ PAGE = (ROOT / "docs" / "CLAIMS.md").read_text()
 NOT_MEASURED = "not measured"
 # What the guides promise, in words of their rows.
 CLAIMS = """
-workers; pinned memory, persistent workers, prefetching; STFT cached; STFT on the GPU; mixed precision; accumulation; compile;
-two GPUs; validation every 5 epochs; cudnn.benchmark; TensorRT; in all; stability; SVD; first optimisation; second
-optimisation; scheme 1; scheme 2; scheme 3; scheme 4; larger batch; fused AdamW; 8-bit Adam; host syncs; data on the GPU;
-gradient checkpointing; memory manager; adaptive batch; loader settings; batched predictor; quantisation; architecture;
-dynamic mixing; AISHELL-3; real-time; 100 % aligned
+workers; pinned memory, persistent workers, prefetching; STFT cached; STFT on the GPU; mixed precision;
+accumulation; compile; two GPUs; validation every 5 epochs; cudnn.benchmark; TensorRT; in all; stability; SVD;
+first optimisation; second optimisation; scheme 1; scheme 2; scheme 3; scheme 4; larger batch; fused AdamW;
+8-bit Adam; host syncs; data on the GPU; gradient checkpointing; memory manager; adaptive batch; loader
+settings; batched predictor; quantisation; architecture; dynamic mixing; AISHELL-3; real-time; 100 % aligned
 """
 
 
