@@ -61,7 +61,7 @@ def write_trainer(report: dict[str, Any], overrides: Sequence[str], file: Path) 
         f"# What paid for {' '.join(report['recipe'])} on {report['machine']} (python -m benchmarks.speedups --write).",
         f"# With it: {' '.join(rest) or 'nothing else'}",
         "defaults: [default]",
-        *(f"{key}: {value}" for key, _, value in (text.partition("=") for text in own)),
+        *(f"{key}: {value}   # was faster here" for key, _, value in (text.partition("=") for text in own)),
     ]
     file.write_text("\n".join(lines) + "\n")
     print(f"{file}: choose it with trainer=this_machine")
