@@ -153,9 +153,10 @@ def two_pointwise(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tenso
 
 def _is_large(layer: nn.Module, x: Tensor, weight: Tensor) -> bool:
     """Whether a product is one for oneDNN: setting up its kernels takes longer than a small one."""
-    plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and _trains_on_cpu(layer, x) and x.numel() * weight.shape[0] >= _LARGE
+    if not _trains_on_cpu(layer, x) or torch.is_autocast_enabled("cpu"):  # in this order: compiled code asks no further
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.numel() * weight.shape[0] >= _LARGE
 
 
 def _trains_on_cpu(module: nn.Module, x: Tensor) -> bool:
-    return module.training and x.is_cpu and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and module.training and x.is_cpu

@@ -111,8 +111,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.transpose(1, 2).flatten(2)  # (B, T, C * F)
-        frames = self.linear(self.gru(frames)[0])
-        return frames.unflatten(2, (x.shape[1], -1)).transpose(1, 2)  # (B, C, T, F)
+        hidden, _ = self.gru(frames)
+        return self.linear(hidden).unflatten(2, (x.shape[1], -1)).transpose(1, 2)  # (B, C, T, F)
 
 
 class SubpixelConv(nn.Module):

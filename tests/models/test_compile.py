@@ -33,7 +33,8 @@ ECHO: dict[str, Any] = {"mic_channels": [4, 6, 6], "far_channels": [4], "decoder
 SYSTEMS: dict[str, tuple[Callable[..., System], int]] = {  # and the graphs that it becomes
     "conv_tasnet": (lambda **more: ConvTasNet(**SEPARATION, **more), 1),
     "nest": (lambda **more: NEST(num_classes=16, encoder=ENCODER, **more), 1),  # both layers share it
-    "deepvqe": (lambda **more: DeepVQE(**ECHO, **more), 3),  # torch leaves the GRU alone: two breaks
+    # torch leaves the GRU alone; what is in front of it in its block, and the linear layer behind it, are graphs
+    "deepvqe": (lambda **more: DeepVQE(**ECHO, **more), 4),
     "unet": (lambda **more: UNet(base_channels=4, depth=3, **more), 1),
 }
 
