@@ -102,6 +102,7 @@ def rows_of(system: str, copies: Path | None) -> list[Row]:
 def _caches(system: str, copies: Path | None) -> list[Row]:
     if system == "deepvqe":
         return [
+            Row("16-bit cache in memory", ("data.cache=true",)),
             Row("copies at 16 kHz", (f"data.train_manifest={copies}",), why_not="" if copies else "no such copies"),
             Row(
                 "STFT cache",
@@ -130,6 +131,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "conv_tasnet": (*_ADAM, "data.cache=false", "data.batch_size=2", "data.segment_s=2.0", "data.pieces=1"),
     "deepvqe": (
         *_ADAM,
+        "data.cache=false",
         "data.batch_size=2",
         "data.segment_s=4.0",
         "model.stft=n320",
