@@ -12,25 +12,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speedup_rows import SYSTEMS
+from benchmarks.speedup_rows import QUIET, SYSTEMS
 from benchmarks.speedups import Measured, train
 
 _ONE_BATCH = ("trainer.overfit_batches=1", "data.loader.keep_on_device=true", "data.loader.num_workers=0")
-_MEASURING = (
-    "trainer.log_every_n_steps=1",
-    "trainer.max_epochs=-1",
-    "trainer.val_check_interval=null",
-    "trainer.check_val_every_n_epoch=1000000",
-    *(f"callbacks.{name}=null" for name in ("figures", "images", "checkpoint", "last", "early_stopping")),
-    "exp_manager.create_tensorboard_logger=false",
-    "test=false",
-)
+_NEVER_VALIDATED = ("trainer.val_check_interval=null", "trainer.check_val_every_n_epoch=1000000")
 
 
 def ratios(recipe: Sequence[str], *, rounds: int, steps: int, folder: Path) -> list[tuple[Measured, Measured]] | str:
     """Of each round the run as it is and the one on one batch; or the line with which one of them ended."""
     found = []
-    typed = [*recipe, *_MEASURING, f"trainer.max_steps={steps}"]
+    typed = [*recipe, *QUIET, *_NEVER_VALIDATED, f"trainer.max_steps={steps}"]
     for number in range(rounds):
         pair = [train([*typed, *more], folder / f"{number}-{len(more)}") for more in ((), _ONE_BATCH)]
         if failed := next((run for run in pair if isinstance(run, str)), None):

@@ -18,16 +18,19 @@ _BARE = (
     "model.compile=false",
     "trainer.accumulate_grad_batches=1",
 )
-# Of the measurement: nothing is saved or drawn, every loss is logged, one short validation at the end.
-_MEASURING = (
+# Of any measurement: nothing is saved or drawn, every step is logged.
+QUIET = (
     "trainer.log_every_n_steps=1",
     "trainer.max_epochs=-1",
-    "trainer.check_val_every_n_epoch=null",
-    "trainer.limit_val_batches=4",
     *(f"callbacks.{name}=null" for name in ("figures", "images", "checkpoint", "last", "early_stopping")),
     "exp_manager.create_tensorboard_logger=false",
-    "exp_manager.log_step_timing=true",
     "test=false",
+)
+# One short validation at the end, whose batches are timed.
+_VALIDATING = (
+    "trainer.check_val_every_n_epoch=null",
+    "trainer.limit_val_batches=4",
+    "exp_manager.log_step_timing=true",
 )
 _NAIVE = "packages=[benchmarks]"
 
@@ -58,7 +61,7 @@ class Row(NamedTuple):
 
 def base(system: str, data: Sequence[str], row: Row, steps: int) -> list[str]:
     """What is typed for a row before its own. *data*: where the examples are."""
-    typed = [*_BARE, *_SETTINGS[system], *data, *_MEASURING]
+    typed = [*_BARE, *_SETTINGS[system], *data, *QUIET, *_VALIDATING]
     if row.name == FIRST:
         typed += _NAIVE_TARGETS[system]
     return [*typed, f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]

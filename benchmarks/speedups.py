@@ -126,16 +126,12 @@ def _system(overrides: Sequence[str]) -> str:
 def _machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {available_cores()} cores"
-    capability = torch.backends.cpu.get_cpu_capability()
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
-    bf16 = "bf16 instructions" if "avx512_bf16" in flags or "amx_bf16" in flags else "no bf16 instructions"
-    return f"{(names or [platform.machine()])[0]}, {available_cores()} cores, {capability}, {bf16}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+    file = Path("/proc/cpuinfo")
+    entries = [line.partition(":") for line in file.read_text().splitlines()] if file.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in entries}  # of the last core, which is like the others
+    bf16 = "bf16 instructions" if {"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()) else "no bf16"
+    name = facts.get("model name", platform.machine())
+    return f"{name}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
 
 
 class Bench:
@@ -214,13 +210,14 @@ def measured(lines: Sequence[Mapping[str, str]], summary: Mapping[str, Any]) -> 
         values = column(name)
         return values[len(values) // 2 :]
 
+    timings = column("validation_step_timing in s")
     return Measured(
         examples_per_s=statistics.harmonic_mean(later("examples_per_s")),
         step_s=statistics.fmean(later("step_s")),
         data_wait=statistics.fmean(later("data_wait_share")),
         peak_mb=summary["peak_mem_mb"],
         losses=column("train_loss"),
-        validation_s=next(iter(column("validation_step_timing in s")[-1:]), None),
+        validation_s=timings[-1] if timings else None,
     )
 
 
