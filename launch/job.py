@@ -36,7 +36,7 @@ def run(task: Callable[[], Any], script: str) -> NoReturn:
     if code > 128 or ranks.started_by_lightning():
         stop_signals.ignore()
     ranks.end_workers()
-    sys.exit(code)
+    ranks.leave(code)
 
 
 def exit_code(task: Callable[[], Any], script: str, argv: list[str]) -> int:

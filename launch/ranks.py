@@ -11,6 +11,7 @@ Decisions that are not obvious
 * A process dies with the one that started it. That is set by the child itself, before anything heavy is imported.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -56,6 +57,7 @@ class _Watch(threading.Thread):
 
 
 _watches: list[_Watch] = []
+_code: int | None = None  # what this process leaves with
 
 
 def started_by_lightning() -> bool:
@@ -191,6 +193,38 @@ def end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for an accident
         for worker in workers:
             worker.kill()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit this process with *code* in good order, only that Python itself is not taken down.
+
+    A thread of gloo may let go of the tensors of the last exchange so late that the Python it needs for that is gone,
+    and then ends the process by SIGABRT; `destroy_process_group` does not wait for it while a DDP module is referred to
+    (PyTorch's pull request 179291).
+    """
+    global _code
+    _code = code
+    sys.exit(code)
+
+
+def end_before_python() -> None:
+    """To be registered as the first exit handler, which is the last one that is called."""
+    if _code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_code)
+
+
+def leave_like_a_script() -> None:
+    """`leave` for a process that multiprocessing has started, whose exit code is no concern of ours unless it is 0."""
+    from multiprocessing.util import Finalize
+
+    def done() -> None:
+        global _code
+        _code = 0 if sys.exc_info()[0] is None else None
+
+    atexit.register(end_before_python)
+    Finalize(None, done, exitpriority=0)
 
 
 def end_now(code: int) -> NoReturn:

@@ -26,7 +26,7 @@ from torch.multiprocessing import ProcessRaisedException
 from callbacks.graceful import GracefulStop
 from launch.errors import is_known_fault, is_users_mistake
 from launch.hardware import keep_freed_memory, quieten, share_cores
-from launch.ranks import SIGNALS
+from launch.ranks import SIGNALS, leave_like_a_script
 from launch.run_dir import log_name, rank
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class SpawnedProcess(pl.Callback):
         if os.getpid() == self._pid:
             return
         self._pid = os.getpid()
+        leave_like_a_script()
         if rank():
             for handler in self._logging.get("handlers", {}).values():
                 if "filename" in handler:

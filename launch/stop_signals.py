@@ -12,6 +12,7 @@ Decisions that are not obvious
 * The other ranks are killed first. Otherwise they would complain about the one that is gone.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ _first = threading.Lock()
 def install() -> None:
     """To be called first in a process that is a script's own; never undone."""
     ranks.die_with_parent()
+    atexit.register(ranks.end_before_python)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ from launch import ranks, stop_signals
 from models.conv_tasnet import ConvTasNet
 from tests.conftest import TINY
 
+ROOT = Path(__file__).parent.parent.parent
 LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1234"
 
 
@@ -155,3 +159,41 @@ def test_told_outside_training(
     fails("initialisation was interrupted")
     done = script("train", ["model=conv_tasnet", *TINY, *manifests])
     assert done.code == 138 and "Traceback" not in done.text and "failed" not in done.text
+
+
+LEAVES = """
+import atexit, multiprocessing, sys
+from launch import ranks, stop_signals
+
+class Kept:
+    def __del__(self):
+        print("Python is taken down")
+
+def work(code):
+    ranks.leave_like_a_script()
+    atexit.register(print, "exit handler")
+    ranks.kept = Kept()
+    if code:
+        sys.exit(code)
+
+if __name__ == "__main__":
+    for code in (0, 7):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(code,))
+        process.start()
+        process.join()
+        print("child", process.exitcode, flush=True)
+    stop_signals.install()
+    atexit.register(print, "exit handler")
+    kept = Kept()
+    ranks.leave(3)
+"""
+
+
+def test_a_process_leaves_before_python_is_taken_down(tmp_path: Path) -> None:
+    """A spawned process of which multiprocessing says 1 or more has told why; it ends as it always did."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    done = subprocess.run([sys.executable, "leaves.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    spawned = ["exit handler", "child 0", "exit handler", "Python is taken down", "child 7"]
+    assert done.stdout.splitlines() == [*spawned, "exit handler"]
+    assert (done.returncode, done.stderr) == (3, "")
