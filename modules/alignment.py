@@ -124,8 +124,8 @@ class SoftAlignment(nn.Module):
         with without_autocast(far.device.type):
             wide = torch.promote_types(far.dtype, torch.float32)
             distribution = self.delay_distribution(query.to(wide), key.to(wide))
-            frames = far.to(wide).transpose(1, 2).flatten(2)  # (B, T, C * F)
-            aligned = banded_sum(distribution, frames).unflatten(2, (far.shape[1], -1)).transpose(1, 2)
+            frames = far.to(wide).permute(0, 2, 3, 1).flatten(2)  # (B, T, F * C)
+            aligned = banded_sum(distribution, frames).unflatten(2, (-1, far.shape[1])).permute(0, 3, 1, 2)
         return aligned.to(far.dtype), distribution
 
     def delay_distribution(self, query: Tensor, key: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def complex_convolving_mask(mask: Tensor, spectrum: Tensor, before: Tensor | Non
         expected = (batch, NUM_MASK_CHANNELS, num_frames, num_bins)
         raise ValueError(f"mask of shape {tuple(mask.shape)} where the spectrum asks for {expected}")
     with without_autocast(mask.device.type):
-        mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
+        mask = mask.to(torch.promote_types(mask.dtype, torch.float32)).contiguous()  # bins last, as the spectrum's
         first, second, third = mask.unflatten(1, (3, 3, 3)).unbind(1)  # each (B, m, n, frames, F)
         weight_re = first - 0.5 * (second + third)
         weight_im = math.sqrt(0.75) * (second - third)

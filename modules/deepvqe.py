@@ -16,8 +16,9 @@ Decisions that are not obvious:
   it above -1; public weights with it exist.
 * A mask near zero is what a fresh network gives: near silence. init_identity begins with the microphone instead.
 * A block's norm sees the bin that is cut off afterwards where the number of bins is odd, as in public implementations.
-* Plain layouts, plain convolutions: with channels last, or with the padding written by hand, a training step on a CPU
-  is no faster (oneDNN keeps channels in blocks either way, and its weight gradient is slower with channels last).
+* In training on a CPU channels stand last in memory, from the features to the mask: norms and convolutions are faster
+  so, and the paper's sub-pixels are where they belong without a copy. One operation that answers in another layout,
+  also with its gradient, costs all that was gained, so the few that would are written with care.
 """
 
 import warnings
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from modules.alignment import SoftAlignment
 from modules.autocast import without_autocast
 from modules.complex_mask import IDENTITY_CHANNEL, NUM_MASK_CHANNELS, complex_convolving_mask
-from modules.cpu_layers import Linear
+from modules.cpu_layers import GRU, Linear, trains_on_cpu
 
 SUBPIXELS = ("interleave", "concat")
 RESIDUALS = ("all", "inner_decoder")
@@ -106,7 +107,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, num_features: int, hidden_size: int) -> None:
         super().__init__()
-        self.gru = nn.GRU(num_features, hidden_size, batch_first=True)
+        self.gru = GRU(num_features, hidden_size)
         self.linear = Linear(hidden_size, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +136,10 @@ class SubpixelConv(nn.Module):
 
     def spread(self, values: Tensor) -> Tensor:
         """Two values of each bin to their places: (B, 2 * out_channels, T, F) -> (B, out_channels, T, 2 F)"""
+        if values.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1).unflatten(3, (2, -1))  # (B, T, F, r, C): neighbours are neighbours
+            values = values if self.subpixel == "interleave" else values.transpose(2, 3)
+            return values.flatten(2, 3).permute(0, 3, 1, 2)
         values = values.unflatten(1, (2, -1))  # (B, r, C, T, F)
         order = (0, 2, 3, 4, 1) if self.subpixel == "interleave" else (0, 2, 3, 1, 4)
         return values.permute(order).flatten(3)
@@ -168,7 +173,7 @@ class DecoderBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels) if norm else None
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = x + self.skip(skip)
+        x = self.skip(skip) + x  # in this order: the sum has the layout of its first
         if self.residual is not None:
             x = self.residual(x)
         x = self.subpixel(x)
@@ -284,7 +289,7 @@ class DeepVQE(nn.Module):
 
     def forward(self, mic: Tensor, far: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         self._check_inputs(mic, far)
-        x, distribution = compress_spectrum(mic, self.compression), None
+        x, distribution = self._features(mic), None
         sizes, skips = [], []
         for index, block in enumerate(self.mic_encoder):
             if self.alignment is not None and index == self.num_far_blocks:
@@ -295,14 +300,18 @@ class DeepVQE(nn.Module):
             skips.append(x)
         x = self.bottleneck(x)
         for block in self.decoder:
-            x = block(x, skips.pop())[..., : sizes.pop()]
+            x = _first_bins(block(x, skips.pop()), sizes.pop())
         return complex_convolving_mask(x, mic), distribution
 
     def _encode_far(self, far: Tensor) -> Tensor:
-        x = compress_spectrum(far, self.compression)
+        x = self._features(far)
         for block in self.far_encoder:
             x = block(x)
         return x
+
+    def _features(self, spectrum: Tensor) -> Tensor:
+        x = compress_spectrum(spectrum, self.compression)
+        return x.contiguous(memory_format=torch.channels_last) if trains_on_cpu(self, x) else x
 
     def _check_inputs(self, mic: Tensor, far: Tensor | None) -> None:
         if mic.ndim != 4 or mic.shape[1] != self.num_bins or mic.shape[3] != 2:
@@ -313,6 +322,12 @@ class DeepVQE(nn.Module):
             raise ValueError("this network cancels echo: it needs the far end's spectrum too")
         if far.shape != mic.shape:
             raise ValueError(f"far must have the shape of mic, {tuple(mic.shape)}, got {tuple(far.shape)}")
+
+
+def _first_bins(x: Tensor, num_bins: int) -> Tensor:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return F.pad(x, (0, num_bins - x.shape[-1]))  # a slice's gradient would have channels first
+    return x[..., :num_bins]
 
 
 def _encoder(inputs: Sequence[int], outputs: Sequence[int], *, residual: bool) -> nn.ModuleList:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules import cpu_layers
-from modules.cpu_layers import DepthwiseConv1d, Linear, PointwiseConv1d, PReLU, linear, pointwise, two_pointwise
+from modules.cpu_layers import GRU, DepthwiseConv1d, Linear, PointwiseConv1d, PReLU, linear, pointwise, two_pointwise
 
 
 def assert_same(fast: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
@@ -157,3 +157,47 @@ def test_products_of_images() -> None:
     torch.testing.assert_close(pointwise(layer, x, weight), F.conv2d(x, weight), atol=1e-4, rtol=1e-5)
     rows = torch.randn(0, 5, 64)
     assert linear(layer, rows, weight[:, :, 0, 0]).shape == (0, 5, 128)
+
+
+class States(nn.Module):
+    """The states of a GRU, in each frame and after the last one, as one tensor."""
+
+    def __init__(self, gru: nn.GRU) -> None:
+        super().__init__()
+        self.gru = gru
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        states, last = self.gru(input)
+        return torch.cat([states, last.transpose(0, 1)], 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (1, 1, 5), (3, 30, 5)])
+def test_gru(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    assert_same(States(GRU(5, 4)), States(nn.GRU(5, 4, batch_first=True)), torch.randn(shape))
+
+
+def test_gru_under_autocast() -> None:
+    """States stay in full precision: half of it is lost in the products alone."""
+    torch.manual_seed(0)
+    gru, x = GRU(8, 16), torch.randn(2, 40, 8)
+    expected, _ = gru(x)
+    expected.square().sum().backward()
+    gradients = [parameter.grad for parameter in gru.parameters()]
+    gru.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        states, _ = gru(x)
+    states.square().sum().backward()
+    assert states.dtype == torch.float32
+    torch.testing.assert_close(states, expected, atol=0.02, rtol=0)
+    for parameter, gradient in zip(gru.parameters(), gradients, strict=True):
+        assert (parameter.grad - gradient).norm() < 0.02 * gradient.norm()
+
+
+def test_gru_with_a_first_state_or_without_training_is_the_stock_one() -> None:
+    torch.manual_seed(0)
+    gru, stock = GRU(5, 4), nn.GRU(5, 4, batch_first=True)
+    stock.load_state_dict(gru.state_dict())
+    x, first = torch.randn(2, 6, 5), torch.randn(1, 2, 4)
+    assert torch.equal(gru(x, first)[0], stock(x, first)[0])
+    assert torch.equal(gru.eval()(x)[0], stock(x)[0])

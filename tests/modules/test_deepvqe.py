@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modules import cpu_layers, deepvqe
 from modules.deepvqe import (
     RESIDUALS,
     SUBPIXELS,
@@ -339,3 +340,42 @@ def test_wrong_input():
         network(mic, mic[:, :, 1:])
     with pytest.raises(ValueError, match="subpixel must be one of"):
         SubpixelConv(1, 1, subpixel="shuffle")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"subpixel": "concat"}, {"mask_norm": True}, {"residual": "inner_decoder"}])
+@pytest.mark.parametrize("num_bins", [17, 32])
+def test_training_on_a_cpu_gives_the_numbers_of_training_elsewhere(arguments, num_bins, monkeypatch):
+    mic, far = make_input(num_bins=num_bins)
+    found = []
+    for cpu in (True, False):
+        if not cpu:
+            for module in (deepvqe, cpu_layers):
+                monkeypatch.setattr(module, "trains_on_cpu", lambda *_: False)
+        network = make_network(num_bins=num_bins, **arguments).train()
+        output, delays = network(mic, far)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        found.append([output, delays, *(parameter.grad for parameter in network.parameters())])
+    for here, elsewhere in zip(*found, strict=True):
+        torch.testing.assert_close(here, elsewhere, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("subpixel", SUBPIXELS)
+def test_training_on_a_cpu_keeps_channels_last_there_and_back(subpixel):
+    network = make_network(subpixel=subpixel).train()
+    wrong = []
+
+    def check(name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            wrong.append(name)
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, (torch.nn.BatchNorm2d, deepvqe.CausalConv)):
+
+            def look(layer, inputs, output, name=name):
+                check(f"{name} input", inputs[0])
+                check(f"{name} output", output)
+                output.register_hook(lambda gradient: check(f"gradient of {name}", gradient))
+
+            layer.register_forward_hook(look)
+    network(*make_input())[0].sum().backward()
+    assert not wrong
