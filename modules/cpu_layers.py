@@ -203,8 +203,9 @@ class GRU(nn.GRU):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if hx is not None or not trains_on_cpu(self, input):
             return super().forward(input, hx)
-        gates = linear(self, input, self.weight_ih_l0, self.bias_ih_l0)  # (B, T, 3 H)
-        weight, bias = self.weight_hh_l0.to(gates.dtype), self.bias_hh_l0.to(gates.dtype)  # under autocast
+        input_weight, weight, input_bias, bias = self.parameters()
+        gates = linear(self, input, input_weight, input_bias)  # (B, T, 3 H)
+        weight, bias = weight.to(gates.dtype), bias.to(gates.dtype)  # halved under autocast
         with without_autocast("cpu"):
             wide = torch.promote_types(gates.dtype, torch.float32)
             hidden = _Recurrence.apply(gates.transpose(0, 1).to(wide).contiguous(), weight, bias)
