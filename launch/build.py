@@ -5,6 +5,7 @@ one message. Callbacks may ask for Trainer arguments (`trainer_kwargs`), which h
 launched inside the Trainer.
 """
 
+import contextlib
 import logging
 import signal
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ from launch.spawned import SpawnedProcess, together
 from launch.targets import DATASETS, Blueprint, not_sections, wrong_arguments
 from launch.trainer_section import make_trainer, refused_strategies, wrong_strategy, wrong_values
 from models.base import System
+from models.bounded import bounded
 from models.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -192,12 +194,13 @@ class Run:
 
     def system(self) -> System:
         """The system, with weights from elsewhere where `model.restore_from`, `init_from` or the like is given."""
-        system = self._system.build()
+        restored, self._restored = self._restored, None  # its weights are not kept for the whole run
+        with bounded(restored.state, restored.path) if restored is not None else contextlib.nullcontext():
+            system = self._system.build()
         if self.resume is not None:
             checkpoint.restructure(system, self._saved_structure, self.resume)
         if self.resume is not None and checkpoint.shapes(system.state_dict()) != self._saved_shapes:
             resume.refuse_other_network(self.resume, self._saved_config, self.config, system)
-        restored, self._restored = self._restored, None  # its weights are not kept for the whole run
         if restored is not None:
             restored.load_into(system)
         for source in self._sources:

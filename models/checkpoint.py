@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from models.base import System
+from models.bounded import bounded
 from models.nemo import is_nemo, read_nemo
 from models.nest_archive import as_checkpoint
 from models.plain import CheckpointError, load_plain
@@ -158,12 +159,13 @@ def build_system(content: dict[str, Any], path: str | Path, packages: Sequence[s
     described = content.get("system")
     if content.get("format_version") is None or not isinstance(described, dict):
         raise CheckpointError(f"{path}: not written by this framework (no format_version); init_from reads weights")
-    try:
-        system = find_class(described["name"], System, packages)(**described["arguments"])
-        system.restructure(content.get("structure") or [])
-        _load_all(system, content["state_dict"])
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+    with bounded(content["state_dict"], path):
+        try:
+            system = find_class(described["name"], System, packages)(**described["arguments"])
+            system.restructure(content.get("structure") or [])
+            _load_all(system, content["state_dict"])
+        except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+            raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
     for name, weight in system.named_parameters():
         if content["state_dict"][name].is_complex() and not weight.is_complex():
             raise CheckpointError(f"{path}: {name} in it is complex, a real weight is needed")

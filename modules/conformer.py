@@ -178,9 +178,6 @@ class ConformerEncoder(nn.Module):
         self.att_context_size = _attention_context(att_context_size, att_context_style)
         self.att_context_style = att_context_style
         conv_context = _convolution_context(conv_context_size, conv_kernel_size)
-        self.layer_drop_probs = layer_drop_probs(
-            n_layers, stochastic_depth_drop_prob, stochastic_depth_mode, stochastic_depth_start_layer
-        )
         self.scale = math.sqrt(d_model) if xscaling else 1.0
 
         self.pre_encode: nn.Module
@@ -212,6 +209,9 @@ class ConformerEncoder(nn.Module):
                 pos_bias=pos_bias,
             )
             for _ in range(n_layers)
+        )
+        self.layer_drop_probs = layer_drop_probs(
+            n_layers, stochastic_depth_drop_prob, stochastic_depth_mode, stochastic_depth_start_layer
         )
         self.out_proj = nn.Linear(d_model, feat_out) if feat_out > 0 and feat_out != d_model else None
 

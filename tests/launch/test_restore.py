@@ -1,5 +1,6 @@
 """model.restore_from: architecture and weights of another run; what is typed against it; what a resume makes of it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from launch.command_line import CONFIG_DIR
 from launch.errors import ConfigError
 from launch.restore import Restored, take_architecture
 from launch.warm_start import Source, start_from_weights
-from models.checkpoint import CheckpointError, read_checkpoint
+from models.checkpoint import CheckpointError, read_checkpoint, read_plain
 from models.nemo import write_nemo
 from models.nest import NEST
 from tests.conftest import TINY_NEST, Finished
@@ -112,6 +113,19 @@ def test_another_model(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"x.pth: holds another system, not NEST"):
         Restored(str(tmp_path / "x.pth"))
+
+
+def test_a_network_that_the_weights_do_not_explain(
+    script, nest_manifests: list[str], archive: Path, in_tmp: Path
+) -> None:
+    content = read_plain(archive)
+    content["model_config"]["encoder"]["n_layers"] = 10**9
+    write_nemo(in_tmp / "x.nemo", content["model_config"], content["state_dict"])
+    done = script("train", ["model.restore_from=x.nemo", *OWN, *nest_manifests[:1]])
+    assert done.code == 2
+    assert re.fullmatch(
+        r"error: x.nemo: a network of more than \d+ weights is asked for, where it holds \d+\n", done.err
+    )
 
 
 def test_a_run_that_goes_on_from_it(script, archive: Path, nest_manifests: list[str], in_tmp: Path) -> None:

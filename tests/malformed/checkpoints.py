@@ -198,6 +198,11 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpoint that unpacks to too much": bomb,
     "tensor that declares too much": huge_tensor,
+    "network that its weights do not explain": contents(
+        ("a billion layers", argument("num_blocks", 10**9)),
+        ("a matrix of 10 ** 17 numbers", argument("hidden_channels", 10**16)),
+        ("a matrix of gigabytes", argument("num_filters", 10**9)),
+    ),
     "checkpoint of another version": contents(
         *((repr(version), replaced("format_version", version)) for version in (2, 10**9, "1", [1])),
         use=read_checkpoint,
