@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from launch.build import Run, disagreements
 from tests.conftest import TINY
@@ -51,6 +52,7 @@ def test_a_restored_file_is_not_kept() -> None:
 
     class Archive:
         loaded_into: Any = None
+        path, state = "x.nemo", {"w": torch.ones(1)}
 
         def load_into(self, system: object) -> None:
             type(self).loaded_into = system
