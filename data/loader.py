@@ -184,3 +184,10 @@ def _prepare_worker(folder: str | None, worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    sys.excepthook = functools.partial(_tell, sys.excepthook)
+
+
+def _tell(hook: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What a worker's thread that hands out batches raises, unless only the process that fetched one is gone."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        hook(kind, error, trace)

@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -110,3 +111,21 @@ def test_an_error_of_a_worker_keeps_its_type_and_line():
     with pytest.raises(AudioError) as error:
         next(iter(loader))
     assert str(error.value) == "x.wav: is empty (0 bytes)"
+
+
+class Complains(Dataset):
+    """Says in the worker what its thread would that hands out batches."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        for error in (ConnectionResetError("reset"), EOFError("ended"), ValueError("of another kind")):
+            sys.excepthook(type(error), error, None)
+        return torch.tensor(key)
+
+
+def test_a_worker_says_nothing_when_the_process_that_fetched_is_gone(capfd):
+    list(make_loader(Complains(), sampler=EpochSampler(range(1)), batch_size=1, num_workers=1))
+    said = capfd.readouterr().err
+    assert "of another kind" in said and "reset" not in said and "ended" not in said
