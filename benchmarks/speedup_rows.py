@@ -103,9 +103,10 @@ def rows_of(system: str, copies: Path | None) -> list[Row]:
 
 
 def _caches(system: str, copies: Path | None) -> list[Row]:
+    memory = Row("16-bit cache in memory", ("data.cache=true",))
     if system == "deepvqe":
         return [
-            Row("16-bit cache in memory", ("data.cache=true",)),
+            memory,
             Row("copies at 16 kHz", (f"data.train_manifest={copies}",), why_not="" if copies else "no such copies"),
             Row(
                 "STFT cache",
@@ -116,7 +117,7 @@ def _caches(system: str, copies: Path | None) -> list[Row]:
         ]
     spectra = Row("STFT cache", why_not="no spectra that stay the same: DeepVQE's alone")
     if system == "conv_tasnet":
-        return [Row("16-bit cache in memory", ("data.cache=true",)), spectra]
+        return [memory, spectra]
     if system == "unet":
         return [Row("image cache", ("data.cache_limit_mb=1024",)), spectra]
     return [Row("bucketing", ("model.train_ds.use_bucketing=true",), losses="other batches"), spectra]

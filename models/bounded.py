@@ -19,7 +19,7 @@ from models.plain import CheckpointError
 # A network of low rank stands in full rank first: in fewer weights, which hold more numbers.
 _TIMES = 16
 _TABLES = 2**27  # numbers, 512 MiB of them: filters, windows and positions, which a file need not hold
-_LAYERS = 1000
+_WEIGHTS = 1000  # so many of any size, that small files are not held to their few
 
 
 class _TooLarge(Exception):
@@ -47,7 +47,7 @@ def bounded(state: Mapping[str, Tensor], path: str | Path) -> Iterator[None]:
 
     Raises CheckpointError once it has far more or far larger weights than these.
     """
-    most, count = _TIMES * len(state) + _LAYERS, 0
+    most, count = _TIMES * len(state) + _WEIGHTS, 0
 
     def register(module: Any, name: str, weight: Any) -> None:
         nonlocal count

@@ -10,7 +10,7 @@
   computes). On CPUs for which MKL was not made oneDNN is about twice as fast, and torch hands it every convolution that
   is dilated, as one of kernel size 1 can be without a change.
 * `GRU`: the stock backward pass adds to the gradient of the recurrent weights once for every frame; one product of all
-  frames gives the same (2.5 times as fast, backward).
+  frames gives the same.
 
 They save only while training on a CPU. Everywhere else (GPU, evaluation, export, compilation) the stock
 operation runs, so that graphs stay plain.

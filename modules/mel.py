@@ -201,8 +201,8 @@ class MelPreprocessor(nn.Module):
         self.n_fft = n_fft or 2 ** math.ceil(math.log2(num_window))
         if num_window > self.n_fft:
             raise ValueError(f"window_size of {window_size} s, {num_window} samples, must fit into n_fft={self.n_fft}")
-        if self.n_fft > sample_rate:
-            raise ValueError(f"n_fft must be at most sample_rate ({sample_rate}), a second, got {self.n_fft}")
+        if self.n_fft > 2 * sample_rate:  # the next power of two above a second fits
+            raise ValueError(f"n_fft must be at most {2 * sample_rate}, two seconds, got {self.n_fft}")
         if exact_pad and self.hop_samples % 2:
             raise ValueError(f"exact_pad needs a window_stride of an even number of samples, got {self.hop_samples}")
         self.pad_samples = (self.n_fft - self.hop_samples) // 2 if exact_pad else self.n_fft // 2

@@ -177,6 +177,7 @@ def test_windows(window):
 def test_transform_is_the_next_power_of_two():
     assert make(n_fft=None).n_fft == 512
     assert make(n_fft=None, sample_rate=8000).n_fft == 256
+    assert make(n_fft=None, window_size=1.0).n_fft == 16384
 
 
 def test_dither_in_training_only():
@@ -238,6 +239,7 @@ def test_precision():
         ({"pad_to": "min"}, "^pad_to must be a number of frames, 0 .* or max, got 'min'"),
         ({"features": 0}, "^features must be a whole number of at least 1, got 0"),
         ({"n_fft": 256}, "^window_size of 0.025 s, 400 samples, must fit into n_fft=256"),
+        ({"n_fft": 32001}, "^n_fft must be at most 32000, two seconds, got 32001"),
         ({"window_stride": 1e-5}, "^window_size and window_stride must be at least 6.25e-05 s"),
         ({"window_size": "long"}, "^window_size must be a number of at least 0, got 'long'"),
         ({"exact_pad": True, "window_stride": 0.0101}, "^exact_pad needs .* even number of samples, got 161"),
